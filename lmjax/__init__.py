@@ -1,0 +1,1 @@
+"""lmjax trains language models with JAX."""

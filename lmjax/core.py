@@ -1,0 +1,223 @@
+"""The types that every layer of lmjax speaks: what adds, what a task returns, what honours what.
+
+Shape legend: B batch, T length, D embed, V vocabulary, S cache length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+Batch = Mapping[str, Any]  # name -> array whose first axis is the batch; numpy on the host, jax on a device
+Variables = Mapping[str, Any]  # linen collections: "params" and, where a model has any, mutable state
+Spec = Mapping[str, jax.ShapeDtypeStruct]  # one example, without the batch axis
+
+
+@struct.dataclass
+class Mean:
+    """A mean as (total, weight), which adds: merging two sets of observations is `+`."""
+
+    total: jax.Array
+    weight: jax.Array
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    @property
+    def value(self) -> jax.Array:
+        """total / weight; NaN for a mean of nothing."""
+        return self.total / self.weight
+
+    @classmethod
+    def of(cls, values: jax.Array, weights: jax.Array | None = None) -> Mean:
+        """The weighted mean of an array of observations (weights are one where absent)."""
+        if weights is None:
+            return cls(jnp.sum(values), jnp.asarray(values.size, jnp.float32))
+        return cls(jnp.sum(values * weights), jnp.sum(weights).astype(jnp.float32))
+
+
+@struct.dataclass
+class Output:
+    """What a task's loss returns: the loss to descend, what to report, and mutable model state.
+
+    The reported `loss` is the one descended unless `metrics` holds another of that name.
+    """
+
+    loss: Mean
+    metrics: dict[str, Mean]
+    model_state: Any = struct.field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The analytic cost of one training example, forward and backward.
+
+    Args:
+      unit: what throughput is counted in ("tokens", "images").
+      units: how many of them one example holds.
+      flop: multiply-adds counted as two, attention counted as computed for a causal mask (half).
+      flop_full: the same with attention counted in full, as in PaLM, arXiv:2204.02311, appendix B.
+    """
+
+    unit: str
+    units: int
+    flop: float
+    flop_full: float
+
+
+@runtime_checkable
+class Task(Protocol):
+    """An objective over one or more networks: pure, and ignorant of meshes, optimizers and files."""
+
+    def init(self, rng: jax.Array, batch: Batch) -> Variables:
+        """Makes the variables, each parameter boxed with the names of its axes (`sharding.param`)."""
+        ...
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, *, train: bool) -> Output:
+        """Computes the loss of a batch; totals, not means, so that microbatches add."""
+        ...
+
+    def check(self, data: Dataset) -> None:
+        """Raises UserError where this task cannot read that data; called before any device is used."""
+        ...
+
+    def work(self, example: Spec) -> Work:
+        """What one example costs to train on."""
+        ...
+
+    def count_params(self, params: Any) -> Mapping[str, int]:
+        """Parameters by part of the model, as papers count them (no padding)."""
+        ...
+
+
+@struct.dataclass
+class Unembedding:
+    """The map from hidden states to logits, kept apart from them so that a loss can go in chunks.
+
+    Shapes: weights_VD. Rows from `vocab_size` on are padding: their logits are -inf to every reader.
+    """
+
+    weights_VD: jax.Array
+    vocab_size: int = struct.field(pytree_node=False)
+    dtype: str = struct.field(pytree_node=False, default="float32")
+
+
+@struct.dataclass
+class DecoderOutput:
+    """What a decoder returns: hidden_BTD, the unembedding that makes logits of it, and the cache."""
+
+    hidden_BTD: jax.Array
+    unembedding: Unembedding
+    cache: Any = None
+
+
+class Decoder(Protocol):
+    """Any autoregressive language model as a linen module: GPT, Llama, LSTM (cache = carry), ...
+
+    `positions_BT` count from a document's start, `segments_BT` tell documents of a row apart: a token
+    sees earlier tokens of its own segment only. With a cache, tokens are appended to what it holds.
+    """
+
+    @property
+    def max_length(self) -> int:
+        """The longest context in tokens."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids the model knows; padding is not counted."""
+        ...
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        cache: Any = None,
+        train: bool = False,
+    ) -> DecoderOutput: ...
+
+    def init_cache(self, batch_size: int, length: int) -> Any:
+        """An empty cache for `length` tokens: a tree that `__call__` takes and returns."""
+        ...
+
+    def flop_per_token(self, length: int) -> tuple[float, float]:
+        """FLOP of one token's forward pass: (causal attention, full attention)."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back, the same for every vocabulary."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text; raises UserError for what the vocabulary cannot spell."""
+        ...
+
+    def decode(self, ids: Any) -> str: ...
+
+    def to_json(self) -> str:
+        """All that is needed to make it again; saved with every checkpoint."""
+        ...
+
+
+class Dataset(Protocol):
+    """Batches as a pure function of (seed, step): of no host, worker, device or restart.
+
+    `Text.batches(...)` yields the global batches `start`, `start + 1`, ... of which this process
+    reads the rows of shard `shard` of `num_shards`, in the order of the global batch.
+    """
+
+    @property
+    def example(self) -> Spec:
+        """Shapes and dtypes of one example; needs no data."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What made the tokens; may have to be trained on the data first."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are; needs no data where the tokenizer's settings say it."""
+        ...
+
+    def batches(
+        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
+    ) -> Iterator[Batch]: ...
+
+    def epochs(self, num_examples: int) -> Mapping[str, float]:
+        """How often `num_examples` drawn examples have gone through each source, by its name."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Something measured now and then on the current parameters; numbers are metrics, strings samples."""
+
+    def __call__(self, session: Session) -> Mapping[str, float | str]: ...
+
+
+class Session(Protocol):
+    """What the engine hands to an evaluator."""
+
+    task: Task
+    data: Dataset
+    seed: int
+
+    def variables(self) -> Variables:
+        """The current variables, with the averaged parameters where the optimizer keeps them."""
+        ...
+
+    def eval_step(self, batch: Batch) -> dict[str, Mean]:
+        """Metrics (the loss among them) of one host batch, compiled once per shape."""
+        ...

@@ -1,0 +1,261 @@
+"""The compiled program of a run: one function for the launcher, notebooks, tests and the planner.
+
+`compile_program` needs shapes only: no data is read and no parameter is made before it returns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lmjax import sharding
+from lmjax.core import Batch, Mean, Output, Spec, Task, Variables
+from lmjax.engine.state import TrainState, create_state
+from lmjax.errors import UserError
+from lmjax.sharding import Layout
+
+# XLA:CPU's default of 256 bits halves the speed of products on machines with AVX-512.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What `compile_program` returns.
+
+    Args:
+      mesh: the devices and their axes.
+      abstract_state: shapes, dtypes and shardings of the state.
+      init: makes the state of step 0, sharded as compiled.
+      train_step: (state, batch) -> (state, metrics); the given state is consumed.
+      eval_step: (variables, batch) -> metrics of the loss without training; compiled per shape.
+      put: this process's rows of a global batch -> global arrays.
+      memory: the compiler's account of bytes per device, by kind; empty where it gives none.
+    """
+
+    mesh: Mesh
+    abstract_state: TrainState
+    init: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Mean]]]
+    eval_step: Callable[[Variables, Batch], dict[str, Mean]]
+    put: Callable[[Batch], Batch]
+    memory: Mapping[str, int]
+
+
+def compile_program(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    example: Spec,
+    *,
+    batch_size: int,
+    microbatches: int = 1,
+    trainable: str = "",
+    seed: int = 0,
+    devices: Sequence[jax.Device] | None = None,
+) -> Program:
+    """Compiles the training step once, from abstract shapes.
+
+    Args:
+      task: the objective.
+      optimizer: updates what trains.
+      layout: devices per mesh axis.
+      example: shapes and dtypes of one example.
+      batch_size: examples per optimizer step, over all devices.
+      microbatches: into how many parts a batch is cut to save memory; the gradient is the same.
+      trainable: regex over parameter paths; "" trains all.
+      seed: of initialisation and of each step's randomness.
+      devices: by default all.
+
+    Raises:
+      UserError: where the layout does not divide the devices, the batch or a parameter.
+    """
+    mesh = layout.mesh(devices)
+    ways = sharding.batch_ways(mesh)
+    if batch_size % (ways * microbatches):
+        step = ways * microbatches
+        lower, upper = batch_size // step * step, -(-batch_size // step) * step
+        near = " or ".join(str(n) for n in dict.fromkeys((lower, upper)) if n)
+        raise UserError(
+            f"batch_size {batch_size} does not divide into {ways} data-parallel parts x {microbatches} "
+            f"microbatches. The nearest that do: {near}."
+        )
+    make = functools.partial(_make_state, task, optimizer, example, trainable, seed)
+    boxed = jax.eval_shape(make)
+    shardings = sharding.shardings_of(boxed, mesh)
+    abstract_state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sharding.unbox(boxed), shardings
+    )
+    rows = sharding.batch_sharding(mesh)
+    abstract_batch = {
+        k: jax.ShapeDtypeStruct((batch_size, *v.shape), v.dtype, sharding=rows)
+        for k, v in example.items()
+    }
+    replicated = NamedSharding(mesh, PartitionSpec())
+    options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
+        with sharding.use(mesh):
+            return _train_step(task, optimizer, seed, microbatches, state, batch)
+
+    compiled = (
+        jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+        .lower(abstract_state, abstract_batch)
+        .compile(compiler_options=options)
+    )
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
+        if state.step.is_deleted():
+            raise ValueError("this state was consumed by an earlier train_step: keep the returned one.")
+        try:
+            return compiled(state, batch)
+        except (TypeError, ValueError) as error:
+            changed = differences((abstract_state, abstract_batch), (state, batch))
+            if not changed:
+                raise
+            raise UserError(
+                "the training step is compiled once, and was called with other arrays:\n  "
+                + "\n  ".join(changed)
+            ) from error
+
+    @functools.partial(jax.jit, out_shardings=replicated, compiler_options=options)
+    def eval_step(variables: Variables, batch: Batch) -> dict[str, Mean]:
+        with sharding.use(mesh):
+            output = task.loss(variables, batch, jax.random.key(0), train=False)
+            return {"loss": output.loss, **output.metrics}
+
+    init = jax.jit(lambda: sharding.unbox(make()), out_shardings=shardings, compiler_options=options)
+    return Program(
+        mesh=mesh,
+        abstract_state=abstract_state,
+        init=init,
+        train_step=train_step,
+        eval_step=eval_step,
+        put=functools.partial(_put, rows),
+        memory=_memory(compiled),
+    )
+
+
+def differences(expected: Any, given: Any) -> list[str]:
+    """Says, leaf by leaf, which shape, dtype or sharding of `given` is not the expected one."""
+
+    def describe(x: Any) -> dict[str, Any]:
+        return {"shape": x.shape, "dtype": x.dtype, "sharding": getattr(x, "sharding", "host memory")}
+
+    def flat(tree: Any) -> dict[str, Any]:
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): describe(x) for p, x in leaves}
+
+    old, new = flat(expected), flat(given)
+    lines = [f"{name}: missing" for name in old if name not in new]
+    lines += [f"{name}: unexpected" for name in new if name not in old]
+    for name in old.keys() & new.keys():
+        for what, value in old[name].items():
+            other = new[name][what]
+            same = (
+                value.is_equivalent_to(other, len(old[name]["shape"]))
+                if what == "sharding" and isinstance(other, jax.sharding.Sharding)
+                else value == other
+            )
+            if not same:
+                lines.append(f"{name}: {what} {other}, compiled for {value}")
+    return sorted(lines)
+
+
+def _rngs(seed: int) -> tuple[jax.Array, jax.Array]:
+    """(of initialisation, of the steps)."""
+    init, steps = jax.random.split(jax.random.key(seed))
+    return init, steps
+
+
+def _make_state(
+    task: Task, optimizer: optax.GradientTransformation, example: Spec, trainable: str, seed: int
+) -> TrainState:
+    batch = {k: jnp.zeros((1, *v.shape), v.dtype) for k, v in example.items()}
+    return create_state(task, optimizer, batch, trainable=trainable, rng=_rngs(seed)[0])
+
+
+def _train_step(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    microbatches: int,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, Mean]]:
+    rng = jax.random.fold_in(_rngs(seed)[1], state.step)
+    gradient, output = _gradient(task, microbatches, state, batch, rng)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    metrics = {"loss": output.loss, **output.metrics}
+    metrics["grad_norm"] = Mean.of(optax.global_norm(gradient))
+    rate = optax.tree_utils.tree_get(opt_state, "learning_rate")
+    if rate is not None:
+        metrics["learning_rate"] = Mean.of(jnp.asarray(rate))
+    new_state = state.replace(  # type: ignore[attr-defined]  # struct.dataclass adds it
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        model_state={**state.model_state, **output.model_state},
+        opt_state=opt_state,
+    )
+    return new_state, metrics
+
+
+def _gradient(
+    task: Task, microbatches: int, state: TrainState, batch: Batch, rng: jax.Array
+) -> tuple[Any, Output]:
+    """The gradient of the batch's mean loss, and the batch's summed output."""
+
+    def total(params: Any, model_state: Any, part: Batch, key: jax.Array) -> tuple[Any, Output]:
+        variables = state.replace(model_state=model_state).variables(params)  # type: ignore[attr-defined]
+        output = task.loss(variables, part, key, train=True)
+        return output.loss.total, output
+
+    gradient_of = jax.grad(total, has_aux=True)
+    if microbatches == 1:
+        gradient, output = gradient_of(state.params, state.model_state, batch, rng)
+    else:
+        # Rows i, i + m, ... make microbatch i of m: each device then cuts its own rows, and none move.
+        parts = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), dict(batch)
+        )
+
+        def accumulate(carry: tuple[Any, Output], xs: tuple[Any, Batch]) -> tuple[Any, None]:
+            index, part = xs
+            gradient, total = carry
+            key = jax.random.fold_in(rng, index)
+            more, output = gradient_of(state.params, total.model_state, part, key)
+            summed = jax.tree.map(jnp.add, (total.loss, total.metrics), (output.loss, output.metrics))
+            return (jax.tree.map(jnp.add, gradient, more), Output(*summed, output.model_state)), None
+
+        shapes = jax.eval_shape(
+            gradient_of, state.params, state.model_state, jax.tree.map(lambda x: x[0], parts), rng
+        )
+        nothing, empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        start = (nothing, empty.replace(model_state=state.model_state))
+        (gradient, output), _ = jax.lax.scan(accumulate, start, (jnp.arange(microbatches), parts))
+    return jax.tree.map(lambda g: g / output.loss.weight, gradient), output
+
+
+def _put(rows: NamedSharding, batch: Batch) -> Batch:
+    if jax.process_count() == 1:
+        ways = sharding.batch_ways(rows.mesh)
+        if bad := [k for k, v in batch.items() if len(v) % ways]:
+            raise UserError(f"{len(batch[bad[0]])} rows do not divide into {ways} data-parallel parts.")
+        return jax.device_put(dict(batch), rows)
+    return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+
+
+def _memory(compiled: Any) -> dict[str, int]:
+    """Bytes per device: what the step is given and keeps, and what it needs beside that at its peak."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return {}
+    state_and_batch = int(analysis.argument_size_in_bytes)
+    extra = int(analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    return {"state and batch": state_and_batch, "temporaries": int(analysis.temp_size_in_bytes) + max(extra, 0)}

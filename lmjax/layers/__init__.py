@@ -1,0 +1,1 @@
+"""Linen modules that models are composed from. Every matrix product with weights is `Linear`."""

@@ -1,0 +1,130 @@
+"""Multi-head and grouped-query self-attention with an optional cache.
+
+B batch, T query length, S cache length, D embed, H query heads, G key-value heads, K head dim, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lmjax.layers.dropout import Dropout
+from lmjax.layers.linear import Linear
+from lmjax.ops.attention import attention
+from lmjax.ops.matmul import activation_dtype
+from lmjax.sharding import shard
+
+
+class Attention(nn.Module):
+    """Causal self-attention: softmax(q k^T / sqrt(K)) v, projected back to D.
+
+    Source: Vaswani et al., arXiv:1706.03762, section 3.2; grouped heads: Ainslie et al.,
+    arXiv:2305.13245. The projections to queries, keys and values are one kernel
+    [D, G, H/G + 2, K]: for each key-value head its query heads, its key and its value, so that
+    splitting G over devices splits all three.
+
+    Args:
+      out_std: standard deviation of the output projection's initialisation.
+      dropout: rate on the attention probabilities.
+    """
+
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dropout: float = 0.0
+    init_std: float = 0.02
+    out_std: float = 0.02
+    use_bias: bool = True
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        segments_BT: jax.Array | None = None,
+        cache: Any = None,
+        layer: jax.Array | None = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, Any]:
+        """Attends within x, and to what the cache of this layer holds; returns (y_BTD, cache)."""
+        B, T, _ = x_BTD.shape
+        G, R, K = self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim
+        qkv_BTGRK = Linear(
+            features=(G, R + 2, K),
+            axes=("embed", "kv_heads", None, "head_dim"),
+            use_bias=self.use_bias,
+            init_std=self.init_std,
+            dtype=self.dtype,
+            name="qkv",
+        )(x_BTD)
+        q_BTHK = qkv_BTGRK[:, :, :, :R].reshape(B, T, G * R, K)
+        k_BTGK, v_BTGK = qkv_BTGRK[:, :, :, R], qkv_BTGRK[:, :, :, R + 1]
+        q_BTHK = shard(q_BTHK, "batch", "length", "act_heads", None)
+        if cache is None:
+            use_dropout = train and self.dropout > 0
+            y_BTHK = attention(
+                q_BTHK,
+                shard(k_BTGK, "batch", "length", "act_kv_heads", None),
+                shard(v_BTGK, "batch", "length", "act_kv_heads", None),
+                causal=True,
+                segments_q_BT=segments_BT,
+                segments_kv_BS=segments_BT,
+                dropout_rate=self.dropout if use_dropout else 0.0,
+                dropout_rng=self.make_rng("dropout") if use_dropout else None,
+                dtype=self.dtype,
+            )
+        else:
+            offset = cache["length"]
+            cache = dict(cache)
+            for name, new in (("key", k_BTGK), ("value", v_BTGK)):
+                rows_LBSGK = cache[name]
+                start = (layer, 0, offset, 0, 0)
+                cache[name] = jax.lax.dynamic_update_slice(
+                    rows_LBSGK, new.astype(rows_LBSGK.dtype)[None], start
+                )
+            k_BSGK = jax.lax.dynamic_index_in_dim(cache["key"], layer, keepdims=False)
+            v_BSGK = jax.lax.dynamic_index_in_dim(cache["value"], layer, keepdims=False)
+            y_BTHK = attention(
+                q_BTHK, k_BSGK, v_BSGK, causal=True, q_offset=offset, dtype=self.dtype
+            )
+        y_BTD = Linear(
+            features=(self.dim,),
+            axes=("heads", "head_dim", "embed"),
+            in_dims=2,
+            use_bias=self.use_bias,
+            init_std=self.out_std,
+            dtype=self.dtype,
+            name="out",
+        )(y_BTHK)
+        return y_BTD, cache
+
+    def init_cache(self, num_layers: int, batch_size: int, length: int) -> dict[str, jax.Array]:
+        """Room for `length` tokens of all layers; `length` in it counts those that it holds."""
+        shape = (num_layers, batch_size, length, self.num_kv_heads, self.head_dim)
+        dtype = activation_dtype(self.dtype)
+        return {
+            "key": jnp.zeros(shape, dtype),
+            "value": jnp.zeros(shape, dtype),
+            "length": jnp.zeros((), jnp.int32),
+        }
+
+    def flop_per_token(self, length: int) -> tuple[float, float]:
+        """FLOP of one token's forward pass, the mean over a context of `length`: (causal, full)."""
+        inner = self.num_heads * self.head_dim
+        kernels = self.dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        scores = 4.0 * inner * length
+        return 2.0 * kernels + scores * (length + 1) / (2 * length), 2.0 * kernels + scores
+
+
+def residual_std(init_std: float, num_layers: int) -> float:
+    """The initialisation of projections into the residual stream: std / sqrt(2 num_layers).
+
+    Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3.
+    """
+    return init_std / math.sqrt(2 * num_layers)

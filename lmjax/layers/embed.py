@@ -1,0 +1,69 @@
+"""Token and position embeddings."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lmjax import sharding
+from lmjax.core import Unembedding
+from lmjax.ops.matmul import activation_dtype
+from lmjax.sharding import shard
+
+
+class Embed(nn.Module):
+    """A table of token vectors, which also makes logits where it is tied.
+
+    Source: Press & Wolf, "Using the Output Embedding to Improve Language Models", arXiv:1608.05859.
+    The table has `vocab_size` rows, rounded up to `vocab_multiple`; the padding is never read as a
+    token and never given probability (`Unembedding`).
+    """
+
+    vocab_size: int
+    dim: int
+    vocab_multiple: int = 1
+    init_std: float = 0.02
+    dtype: str = "float32"
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table, padding included."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def setup(self) -> None:
+        """Declares the table."""
+        init = nn.initializers.normal(self.init_std)
+        shape, axes = (self.num_rows, self.dim), ("vocab", "embed")
+        self.table_VD = sharding.param(self, "table", init, shape, axes)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Shapes: [B, T] -> [B, T, D]."""
+        return _rows(shard(self.table_VD, "act_vocab", "act_embed"), tokens_BT, self.dtype)
+
+    def unembedding(self) -> Unembedding:
+        """The tied output layer."""
+        return Unembedding(self.table_VD, self.vocab_size, self.dtype)
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector for each position up to `max_length`."""
+
+    max_length: int
+    dim: int
+    init_std: float = 0.01
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, positions_BT: jax.Array) -> jax.Array:
+        """Shapes: [B, T] -> [B, T, D]."""
+        init = nn.initializers.normal(self.init_std)
+        shape, axes = (self.max_length, self.dim), ("positions", "embed")
+        table_TD = sharding.param(self, "table", init, shape, axes)
+        return _rows(shard(table_TD, "positions", "act_embed"), positions_BT, self.dtype)
+
+
+def _rows(table_ND: jax.Array, index_BT: jax.Array, dtype: str) -> jax.Array:
+    """Looks rows up in a table that is whole along D: a lookup in a sharded row moves everything."""
+    rows_BTD = jnp.take(table_ND, index_BT, axis=0).astype(activation_dtype(dtype))
+    return rows_BTD if index_BT.shape[0] == 1 else shard(rows_BTD, "batch", "length", "act_embed")

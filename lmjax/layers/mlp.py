@@ -1,0 +1,49 @@
+"""The feed-forward half of a block."""
+
+from __future__ import annotations
+
+import jax
+from flax import linen as nn
+
+from lmjax.layers.linear import Linear
+from lmjax.ops.activations import gelu
+from lmjax.sharding import shard
+
+
+class GeluMlp(nn.Module):
+    """gelu(x W1 + b1) W2 + b2.
+
+    Source: Vaswani et al., arXiv:1706.03762, equation 2, with the GELU of arXiv:1606.08415.
+
+    Args:
+      out_std: standard deviation of the initialisation of W2.
+    """
+
+    dim: int
+    hidden: int
+    init_std: float = 0.02
+    out_std: float = 0.02
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Shapes: [B, T, D] -> [B, T, D]."""
+        h_BTF = Linear(
+            features=(self.hidden,),
+            axes=("embed", "mlp"),
+            init_std=self.init_std,
+            dtype=self.dtype,
+            name="up",
+        )(x_BTD)
+        h_BTF = gelu(shard(h_BTF, "batch", "length", "act_mlp"), dtype=self.dtype)
+        return Linear(
+            features=(self.dim,),
+            axes=("mlp", "embed"),
+            init_std=self.out_std,
+            dtype=self.dtype,
+            name="down",
+        )(h_BTF)
+
+    def flop_per_token(self) -> float:
+        """FLOP of one token's forward pass."""
+        return 4.0 * self.dim * self.hidden

@@ -1,0 +1,27 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+import jax
+from flax import linen as nn
+
+from lmjax import sharding
+from lmjax.ops.norm import layer_norm
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, statistics in float32.
+
+    Source: Ba et al., "Layer Normalization", arXiv:1607.06450, equation 4. Scale starts at 1, bias at 0.
+    """
+
+    epsilon: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Shapes: [B, T, D] -> [B, T, D]."""
+        dim = x_BTD.shape[-1:]
+        scale = sharding.param(self, "scale", nn.initializers.ones, dim, ("norm",))
+        bias = sharding.param(self, "bias", nn.initializers.zeros, dim, ("norm",))
+        return layer_norm(x_BTD, scale, bias, epsilon=self.epsilon, dtype=self.dtype)

@@ -1,0 +1,1 @@
+"""Model families, one per file; a preset is a function that returns a module."""

@@ -1,0 +1,1 @@
+"""Optimizers and schedules, all of them optax."""

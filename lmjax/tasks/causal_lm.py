@@ -1,0 +1,98 @@
+"""Next-token prediction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lmjax.core import Batch, Dataset, Mean, Output, Spec, Variables, Work
+from lmjax.errors import UserError
+from lmjax.ops.losses import cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM:
+    """Cross-entropy of each next token, in nats, over the targets whose weight is not zero.
+
+    Reads `tokens`, `targets` and `weights` of a batch, and `segments`, `positions` (packed documents)
+    and `target_bytes` (which adds the metric `bits_per_byte`) where there are any.
+
+    Args:
+      model: any `core.Decoder`.
+      vocab_chunk: if not 0, logits are made for so many tokens of the vocabulary at a time.
+      z_loss: weight of log(Z)^2, which keeps the softmax's normaliser near 1 (PaLM,
+        arXiv:2204.02311, section 5). Part of the loss that is descended, not of the one reported.
+    """
+
+    model: nn.Module
+    vocab_chunk: int = 0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.vocab_chunk < 0 or self.z_loss < 0:
+            raise UserError(
+                f"vocab_chunk is {self.vocab_chunk} and z_loss {self.z_loss}: neither may be negative."
+            )
+
+    def check(self, data: Dataset) -> None:
+        """Raises UserError where the data has longer contexts or more tokens than the model."""
+        length, vocab_size = data.example["tokens"].shape[0], data.vocab_size
+        if length > self.model.max_length:
+            raise UserError(
+                f"data.length is {length}, and the model's max_length {self.model.max_length}: lower the "
+                "first or raise the second."
+            )
+        if vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"the tokenizer has {vocab_size} tokens, and the model's vocab_size is "
+                f"{self.model.vocab_size}: a token beyond the vocabulary cannot be read. Set the model's "
+                f"vocab_size to at least {vocab_size}."
+            )
+
+    def init(self, rng: jax.Array, batch: Batch) -> Variables:
+        """Makes the model's variables."""
+        return self.model.init(rng, batch["tokens"])
+
+    def loss(self, variables: Variables, batch: Batch, rng: jax.Array, *, train: bool) -> Output:
+        """The loss and, where bytes are known, bits per byte."""
+        output = self.model.apply(
+            variables,
+            batch["tokens"],
+            positions_BT=batch.get("positions"),
+            segments_BT=batch.get("segments"),
+            train=train,
+            rngs={"dropout": rng} if train else None,
+        )
+        nll_BT, z_BT = cross_entropy(
+            output.hidden_BTD,
+            output.unembedding,
+            batch["targets"],
+            vocab_chunk=self.vocab_chunk,
+            z_loss=self.z_loss,
+        )
+        loss = Mean.of(nll_BT, batch["weights"])
+        metrics = {"loss": loss}
+        if "target_bytes" in batch:
+            num_bytes = jnp.sum(batch["target_bytes"] * batch["weights"])
+            metrics["bits_per_byte"] = Mean(loss.total / math.log(2), num_bytes)
+        if self.z_loss and train:
+            return Output(loss=Mean.of(nll_BT + z_BT, batch["weights"]), metrics=metrics)
+        return Output(loss=loss, metrics=metrics)
+
+    def work(self, example: Spec) -> Work:
+        """Three forward passes' worth: one forward, two backward."""
+        length = example["tokens"].shape[0]
+        causal, full = self.model.flop_per_token(length)
+        return Work(unit="tokens", units=length, flop=3 * length * causal, flop_full=3 * length * full)
+
+    def count_params(self, params: Any) -> dict[str, int]:
+        """Parameters by part of the model; rows that pad the vocabulary are not counted."""
+        counts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
+        embed = self.model.embed
+        counts["embed"] -= (embed.num_rows - embed.vocab_size) * embed.dim
+        return counts
