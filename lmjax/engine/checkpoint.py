@@ -1,0 +1,201 @@
+"""Checkpoints: asynchronous, atomic, and restored from the newest that can be read.
+
+Each holds the arrays of the state, and as JSON the data position, the config and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lmjax.engine.state import TrainState, merge
+from lmjax.errors import UserError
+
+log = logging.getLogger("lmjax")
+
+
+class Checkpoints:
+    """The checkpoints under `directory`, by step.
+
+    Args:
+      directory: made if it is not there.
+      keep_last: how many of the newest are kept.
+      keep_every: every checkpoint whose step is a multiple of it is kept for good; 0 keeps none so.
+    """
+
+    def __init__(self, directory: str | Path, *, keep_last: int = 2, keep_every: int = 0) -> None:
+        self.directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last, keep_period=keep_every or None, enable_async_checkpointing=True
+        )
+        with self._explained("open"):
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps that have a committed checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, about: Mapping[str, Any]) -> None:
+        """Starts saving; the state may be consumed once this returns.
+
+        Raises UserError if this save cannot start or an earlier one did not end well.
+        """
+        if step in self._manager.all_steps():
+            return
+        with self._explained(f"save step {step} to"):
+            self._manager.check_for_errors()
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(dict(about))
+                ),
+            )
+
+    def wait(self) -> None:
+        """Returns when every save has ended; raises UserError if one failed."""
+        with self._explained("finish a save to"):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def about(self, step: int) -> Mapping[str, Any]:
+        """The JSON part of a checkpoint."""
+        restored = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        return restored["about"]
+
+    def restore(self, abstract_state: TrainState) -> tuple[int, TrainState, Mapping[str, Any]] | None:
+        """Reads the newest checkpoint that is whole: (step, state, about); None where there is none.
+
+        A checkpoint that cannot be read is set aside (renamed `STEP.unreadable`) with a warning, and
+        the one before it is tried. Raises UserError when there are checkpoints and none can be read.
+        """
+        reasons = []
+        for step in reversed(self.steps()):
+            try:
+                about = self.about(step)
+                restored = self._manager.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+                )
+                return step, restored["state"], about
+            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+                if mismatch := _mismatch(error):
+                    raise UserError(
+                        f"checkpoint {self.directory / str(step)} holds another model: {mismatch}"
+                    ) from error
+                reasons.append(f"step {step}: {_first_line(error)}")
+                log.warning(
+                    "the checkpoint of step %d cannot be read and is set aside: %s",
+                    step,
+                    _first_line(error),
+                )
+                self._set_aside(step)
+        if reasons:
+            raise UserError(
+                f"no checkpoint in {self.directory} can be read ({'; '.join(reasons)}). Start again with "
+                "another --workdir."
+            )
+        return None
+
+    def restore_variables(self, step: int | None = None) -> tuple[int, dict[str, Any]]:
+        """Reads what inference needs, as host arrays: (step, variables).
+
+        Of the parameters that were averaged in training, the average is read. Raises UserError where
+        there is no such checkpoint.
+        """
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            raise UserError(
+                f"{self.directory} has no checkpoint" + (f" of step {step}" if step else "")
+                + f"; there are: {', '.join(map(str, steps)) or 'none'}."
+            )
+        step = steps[-1] if step is None else step
+        stored = self._manager.item_metadata(step)["state"].tree
+        wanted = {name: stored[name] for name in ("params", "frozen", "model_state")}
+        path = _find(stored["opt_state"], "averaged_params")
+        if path is not None:
+            wanted = {name: wanted[name] for name in ("frozen", "model_state")}
+            wanted["opt_state"] = _nest(stored["opt_state"], path)
+        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted)
+        state = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    abstract,
+                    restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract),
+                    partial_restore=True,
+                )
+            ),
+        )["state"]
+        params = state["params"] if path is None else functools.reduce(_get, path, state["opt_state"])
+        return step, {"params": merge(params, state["frozen"]), **state["model_state"]}
+
+    def close(self) -> None:
+        """Ends every save and frees the threads."""
+        self.wait()
+        self._manager.close()
+
+    def _set_aside(self, step: int) -> None:
+        source = self.directory / str(step)
+        target = self.directory / f"{step}.unreadable"
+        if target.exists():
+            shutil.rmtree(target)
+        source.rename(target)
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turns a failure to write into a message that says where, why and how much room there is."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            parent = next(p for p in (self.directory, *self.directory.parents) if p.exists())
+            free = shutil.disk_usage(parent).free
+            raise UserError(
+                f"could not {what} {self.directory}: {_first_line(error)} ({free / 1e9:.2f} GB free). "
+                "Earlier checkpoints are untouched; make room and run the same command again."
+            ) from error
+
+
+def _find(tree: Any, name: str) -> tuple[Any, ...] | None:
+    """The path of the first node of this name in a tree of mappings and sequences."""
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    for key, value in items:
+        if key == name:
+            return (key,)
+        if (path := _find(value, name)) is not None:
+            return (key, *path)
+    return None
+
+
+def _get(tree: Any, key: Any) -> Any:
+    return tree[key]
+
+
+def _nest(tree: Any, path: tuple[Any, ...]) -> Any:
+    """The tree pruned to what lies on the path, the other entries of sequences empty."""
+    if not path:
+        return tree
+    inner = _nest(tree[path[0]], path[1:])
+    if isinstance(tree, Mapping):
+        return {path[0]: inner}
+    return [inner if i == path[0] else None for i in range(len(tree))]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def _mismatch(error: BaseException) -> str:
+    """What of the message says that the file is sound and its arrays are others; '' if nothing does."""
+    text = str(error)
+    signs = ("not compatible with the stored shape", "tree structures do not match", "Dict key mismatch")
+    return text.splitlines()[0][:300] if any(sign in text for sign in signs) else ""

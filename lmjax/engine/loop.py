@@ -1,0 +1,365 @@
+"""The training loop: dispatches a step, then reads the one before it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from lmjax.core import Batch, Dataset, Evaluator, Mean, Task, Variables
+from lmjax.engine.checkpoint import Checkpoints
+from lmjax.engine.program import Program, compile_program
+from lmjax.engine.report import Report
+from lmjax.engine.state import TrainState
+from lmjax.errors import UserError
+from lmjax.sharding import Layout
+
+log = logging.getLogger("lmjax")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that defines a training run; a config file records a call of it.
+
+    Args:
+      task: the objective over its model.
+      optimizer: what updates the parameters.
+      data: where batches come from.
+      steps: optimizer steps in all.
+      batch_size: examples per optimizer step, over all devices.
+      layout: devices per mesh axis.
+      microbatches: parts into which a batch is cut to save memory.
+      trainable: regex over parameter paths; "" trains all of them.
+      seed: of initialisation, data order and dropout.
+      evals: evaluators by name; their metrics are reported as `name/metric`.
+      eval_every: steps between evaluations, of which one always follows the last step; 0 for that
+        one alone.
+      save_every: steps between checkpoints, of which one always follows the last step.
+      keep_last: how many of the newest checkpoints are kept.
+      keep_every: checkpoints at multiples of it are kept for good; 0 for none.
+      log_every: steps between lines of metrics.
+      wandb_project: where not "", metrics also go to this Weights & Biases project.
+    """
+
+    task: Task
+    optimizer: optax.GradientTransformation
+    data: Dataset
+    steps: int
+    batch_size: int
+    layout: Layout = field(default_factory=Layout)
+    microbatches: int = 1
+    trainable: str = ""
+    seed: int = 0
+    evals: Mapping[str, Evaluator] = field(default_factory=dict)
+    eval_every: int = 0
+    save_every: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+    log_every: int = 10
+    wandb_project: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "microbatches", "save_every", "keep_last", "log_every"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"{name} is {value}: must be at least 1.")
+        for name in ("eval_every", "keep_every"):
+            if (value := getattr(self, name)) < 0:
+                raise UserError(f"{name} is {value}: must not be negative.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}: must be from 0 to 2**32 - 1.")
+        if self.batch_size % self.microbatches:
+            raise UserError(
+                f"batch_size {self.batch_size} is no multiple of microbatches {self.microbatches}."
+            )
+        if self.keep_every and self.keep_every % self.save_every:
+            raise UserError(
+                f"keep_every {self.keep_every} is no multiple of save_every {self.save_every}: nothing "
+                "would be saved at the steps to be kept."
+            )
+        try:
+            re.compile(self.trainable)
+        except re.error as error:
+            raise UserError(f"trainable is no regular expression: {error}.") from error
+        self.task.check(self.data)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, which is saved")
+        self.exit_code = 128 + signum
+
+
+class NonFinite(UserError):
+    """The loss is NaN or infinite; no later state was saved."""
+
+
+@dataclass(kw_only=True)
+class RunSession:
+    """The `core.Session` of a run: its current state, seen by evaluators."""
+
+    task: Task
+    data: Dataset
+    seed: int
+    program: Program
+    state: TrainState
+
+    def variables(self) -> Variables:
+        """The current variables; the optimizer's average of the parameters, where it keeps one."""
+        average = optax.tree_utils.tree_get(self.state.opt_state, "averaged_params")
+        return self.state.variables(average)
+
+    def eval_step(self, batch: Batch) -> dict[str, Mean]:
+        """Metrics of one host batch."""
+        return self.program.eval_step(self.variables(), self.program.put(batch))
+
+
+def compile_run(run: Run, *, devices: Sequence[jax.Device] | None = None) -> Program:
+    """Compiles the program of a run."""
+    return compile_program(
+        run.task,
+        run.optimizer,
+        run.layout,
+        run.data.example,
+        batch_size=run.batch_size,
+        microbatches=run.microbatches,
+        trainable=run.trainable,
+        seed=run.seed,
+        devices=devices,
+    )
+
+
+def train(
+    run: Run,
+    workdir: str | Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    quiet: bool = False,
+) -> TrainState:
+    """Trains to the last step, from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+      run: what to do.
+      workdir: holds `config.json`, `metrics.jsonl`, `curves.png`, `samples.txt`, TensorBoard events
+        and `checkpoints/`.
+      config: the recorded calls that `run` was built from; kept with the run, and compared on resume.
+      devices: by default all.
+      quiet: writes the files and prints nothing.
+
+    Raises:
+      UserError: for a workdir of another run, a full disk, unreadable checkpoints.
+      NonFinite: if the loss is no longer a number.
+      Interrupted: after SIGINT or SIGTERM, once the state is saved.
+    """
+    started = time.perf_counter()
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    about = {"config": config or {}, "tokenizer": run.data.tokenizer.to_json()}
+    _check_config(workdir, about["config"])
+    program = compile_run(run, devices=devices)
+    with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(
+            workdir / "checkpoints", keep_last=run.keep_last, keep_every=run.keep_every
+        )
+        stack.callback(checkpoints.close)
+        state, first = _start(run, program, checkpoints, about)
+        (workdir / "config.json").write_text(json.dumps(about["config"], indent=1) + "\n")
+        (workdir / "tokenizer.json").write_text(about["tokenizer"])
+        report = stack.enter_context(Report(run, program, workdir, first_step=first, quiet=quiet))
+        report.start(time.perf_counter() - started)
+        stop = stack.enter_context(_signals())
+        loop = _Loop(run, program, checkpoints, report, about, stop, state)
+        loop.go(first)
+        checkpoints.wait()
+        return loop.session.state
+
+
+class _Loop:
+    """One pass from the first step to the last; holds what a step and the one before it share."""
+
+    def __init__(
+        self,
+        run: Run,
+        program: Program,
+        checkpoints: Checkpoints,
+        report: Report,
+        about: Mapping[str, Any],
+        stop: list[int],
+        state: TrainState,
+    ) -> None:
+        self.run, self.program, self.checkpoints = run, program, checkpoints
+        self.report, self.about, self.stop = report, about, stop
+        self.session = RunSession(
+            task=run.task, data=run.data, seed=run.seed, program=program, state=state
+        )
+        self.unread: tuple[int, dict[str, Mean]] | None = None
+
+    def go(self, first: int) -> None:
+        """Runs steps first + 1 .. run.steps."""
+        run, session = self.run, self.session
+        batches = iter(
+            run.data.batches(
+                batch_size=run.batch_size,
+                seed=run.seed,
+                shard=jax.process_index(),
+                num_shards=jax.process_count(),
+                start=first,
+            )
+        )
+        for step in range(first + 1, run.steps + 1):
+            batch = self.program.put(next(batches))
+            session.state, metrics = self.program.train_step(session.state, batch)
+            self.read()
+            self.unread = step, metrics
+            last = step == run.steps
+            if last or (run.eval_every and step % run.eval_every == 0):
+                self.evaluate(step)
+            if last or self.stop or step % run.save_every == 0:
+                self.save(step)
+            if self.stop and not last:
+                self.checkpoints.wait()
+                raise Interrupted(self.stop[0], step)
+
+    def read(self) -> None:
+        """Waits for the step before the one just dispatched; at most two are ever in flight."""
+        if self.unread is None:
+            return
+        step, means = self.unread
+        self.unread = None
+        values = {name: float(mean.value) for name, mean in jax.device_get(means).items()}
+        if not math.isfinite(values["loss"]):
+            saved = self.checkpoints.steps()
+            where = f"step {saved[-1]} is saved" if saved else "nothing is saved yet"
+            raise NonFinite(
+                f"the loss is {values['loss']} at step {step} (gradient norm {values['grad_norm']:.3g}); "
+                f"{where}. Lower the learning rate, lengthen the warm-up or clip the gradient."
+            )
+        self.report.step(step, values)
+
+    def evaluate(self, step: int) -> None:
+        """Runs every evaluator on the state after `step`."""
+        self.read()
+        results: dict[str, float | str] = {}
+        with self.report.pause():
+            for name, evaluator in self.run.evals.items():
+                found = evaluator(self.session)
+                results.update({f"{name}/{key}": value for key, value in found.items()})
+        self.report.evaluation(step, results)
+
+    def save(self, step: int) -> None:
+        """Starts a checkpoint of the state after `step`, whose loss has been seen to be finite."""
+        self.read()
+        with self.report.pause():
+            self.checkpoints.save(step, self.session.state, {**self.about, "data": {"next_step": step}})
+
+
+def _start(
+    run: Run, program: Program, checkpoints: Checkpoints, about: Mapping[str, Any]
+) -> tuple[TrainState, int]:
+    """The state to go on from, and the number of steps that it has behind it."""
+    restored = checkpoints.restore(program.abstract_state)
+    if restored is None:
+        return program.init(), 0
+    step, state, saved = restored
+    if saved["tokenizer"] != about["tokenizer"]:
+        raise UserError(
+            f"the tokenizer of this run's checkpoint ({checkpoints.directory}) is another than the one "
+            "that the data gives now: the same ids would mean other text. Has the corpus changed? "
+            "Use the old corpus, or another --workdir."
+        )
+    if step > run.steps:
+        raise UserError(
+            f"{checkpoints.directory} is at step {step}, past steps = {run.steps}: nothing to do. Raise "
+            "steps, or use another --workdir."
+        )
+    log.info("continuing from step %d", step)
+    return state, int(saved["data"]["next_step"])
+
+
+# What a changed field breaks on resume, by regex over its path: the first that matches speaks.
+_HARMLESS, _CURVE, _BREAKS = "harmless", "curve", "breaks"
+_CHANGES = [
+    (r"^(log_every|eval_every|save_every|keep_last|keep_every|wandb_project|evals\.)", _HARMLESS, ""),
+    (r"(^|\.)(workers|remat|unroll|vocab_chunk)$", _HARMLESS, ""),
+    (r"^(layout\.|microbatches$)", _CURVE, "losses agree to rounding from here on, not bit for bit"),
+    (r"(^|\.)(steps|decay_steps)$", _CURVE, "the learning rate from here on is that of another schedule"),
+    (r"^optimizer", _BREAKS, "the optimizer's state and the learning rate no longer fit the run so far"),
+    (r"^(data|batch_size|seed)", _BREAKS, "batches come in another order: some would repeat, some be lost"),
+    (r"^(task|trainable)", _BREAKS, "the parameters or the loss are another model's"),
+    (r"", _BREAKS, "this is another run"),
+]
+
+
+def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Lists what differs between two configs given as plain trees: (kind, field, what it breaks)."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    rows = []
+    for name in sorted(before.keys() | after.keys()):
+        was, now = before.get(name, "absent"), after.get(name, "absent")
+        if was != now:
+            _, kind, meaning = next(rule for rule in _CHANGES if re.search(rule[0], name))
+            rows.append((kind, f"{name}: {was!r} -> {now!r}", meaning))
+    return rows
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping | list):
+        for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def _check_config(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Compares with the config that the workdir was begun with; raises UserError if that run breaks."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    changes = config_changes(json.loads(path.read_text()), json.loads(json.dumps(config)))
+    lines = [f"  {field}" + (f"  ({meaning})" if meaning else "") for _, field, meaning in changes]
+    if any(kind == _BREAKS for kind, _, _ in changes):
+        raise UserError(
+            f"{workdir} holds a run with another config:\n" + "\n".join(lines) + "\n"
+            "Give back the old values to continue it, or use another --workdir."
+        )
+    for line in lines:
+        log.warning("the config differs from the run's so far:%s", line)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM; a second one acts at once, as if nothing had caught it."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # a notebook's worker thread cannot take signals
+        return
+
+    def on_signal(signum: int, frame: Any) -> None:
+        del frame
+        if received:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        received.append(signum)
+        log.warning("%s: saving after this step; once more to stop at once", signal.Signals(signum).name)
+
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

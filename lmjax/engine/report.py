@@ -1,0 +1,237 @@
+"""What a person sees of a run: the table at its start, a live line, metrics in files, and a picture."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lmjax.engine.curves import draw_curves, read_metrics
+from lmjax.engine.program import Program
+from lmjax.errors import UserError
+from lmjax.hardware import chip
+
+if TYPE_CHECKING:
+    from lmjax.engine.loop import Run
+
+SECONDS_BETWEEN_LINES = 10.0  # where the output is no terminal
+MANY_EPOCHS = 20.0
+
+
+class Report:
+    """Writes `metrics.jsonl`, TensorBoard events, `samples.txt` and `curves.png`; prints the rest.
+
+    A line of metrics is of one step, not of an average since the last line, so that a resumed run
+    writes the same lines. Only the first process writes.
+    """
+
+    def __init__(
+        self, run: Run, program: Program, workdir: Path, *, first_step: int, quiet: bool
+    ) -> None:
+        self.run, self.program, self.workdir, self.first = run, program, workdir, first_step
+        self.writes = jax.process_index() == 0
+        self.console = Console(quiet=quiet or not self.writes, highlight=False, soft_wrap=True)
+        self.work = run.task.work(run.data.example)
+        self.chip = chip(program.mesh.devices.flat[0].device_kind)
+        self.paused_s = self.last_line = 0.0
+        self.clock = (time.perf_counter(), first_step)
+        self.progress: Progress | None = None
+        self.wandb: Any = None
+
+    def __enter__(self) -> Report:
+        if self.writes:
+            self._open_files()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        if self.writes:
+            self.metrics.close()
+            self.events.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+            if kind is None:
+                self._finish()
+
+    def start(self, setup_s: float) -> None:
+        """Prints what is about to run; `setup_s` seconds went by until here."""
+        self.console.print(self._table(setup_s))
+        for line in self._warnings():
+            self.console.print(f"[yellow]note:[/] {line}")
+        if self.first:
+            self.console.print(f"continuing after step {self.first}")
+        if self.console.is_terminal and not self.console.quiet:
+            columns = (
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.fields[line]}"),
+                TimeRemainingColumn(compact=True),
+            )
+            self.progress = Progress(*columns, console=self.console)
+            self.bar = self.progress.add_task("", total=self.run.steps, completed=self.first, line="")
+            self.progress.start()
+        self.clock = (time.perf_counter(), self.first)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent within it does not count as training."""
+        began = time.perf_counter()
+        yield
+        self.paused_s += time.perf_counter() - began
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the metrics of a finished step."""
+        if step % self.run.log_every and step not in (self.first + 1, self.run.steps):
+            return
+        now, (then, last_step) = time.perf_counter(), self.clock
+        seconds = max(now - then - self.paused_s, 1e-9) / (step - last_step)
+        self.clock, self.paused_s = (now, step), 0.0
+        speed, unit = self._speed(seconds), self.work.unit
+        epochs = self.run.data.epochs(step * self.run.batch_size)
+        row = dict(values) | speed
+        row |= {"epoch" if len(epochs) == 1 else f"epoch/{k}": v for k, v in epochs.items()}
+        self._write(step, row)
+        line = f"loss {values['loss']:.4f}  {speed[f'{unit}_per_s']:,.0f} {unit}/s"
+        if "mfu" in speed:
+            line += f"  MFU {speed['mfu']:.1%}"
+        left = (self.run.steps - step) * seconds
+        if self.progress is not None:
+            self.progress.update(self.bar, completed=step, line=line)
+        elif now - self.last_line > SECONDS_BETWEEN_LINES or step in (self.first + 1, self.run.steps):
+            self.last_line = now
+            self.console.print(f"step {step}/{self.run.steps}  {line}  {_duration(left)} left")
+
+    def evaluation(self, step: int, results: Mapping[str, float | str]) -> None:
+        """Takes what the evaluators found: numbers are metrics, strings samples."""
+        numbers = {k: float(v) for k, v in results.items() if not isinstance(v, str)}
+        samples = {k: v for k, v in results.items() if isinstance(v, str)}
+        self._write(step, numbers)
+        if numbers:
+            text = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+            self.console.print(f"[bold]step {step}  {text}[/]")
+        for name, sample in samples.items():
+            self.console.print(f"{name}:", style="dim")
+            self.console.print(sample, markup=False)
+            if self.writes:
+                self.events.add_text(name, sample, step)
+                with (self.workdir / "samples.txt").open("a") as file:
+                    file.write(f"=== step {step}, {name}\n{sample}\n")
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object a line."""
+        return self.workdir / "metrics.jsonl"
+
+    def _open_files(self) -> None:
+        """Opens the sinks; lines of steps that will run again are dropped, so that each stands once."""
+        from tensorboardX import SummaryWriter
+
+        if self.metrics_path.exists():
+            rows = [r for r in read_metrics(self.metrics_path) if r["step"] <= self.first]
+            self.metrics_path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        self.metrics = self.metrics_path.open("a", buffering=1)
+        self.events = SummaryWriter(str(self.workdir), purge_step=self.first + 1)
+        if self.run.wandb_project:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("wandb_project is set: pip install 'lmjax[wandb]'.") from error
+            self.wandb = wandb.init(
+                project=self.run.wandb_project, dir=str(self.workdir), name=self.workdir.name
+            )
+
+    def _finish(self) -> None:
+        """Draws the curves, and says what came out and where it lies."""
+        rows, picture = read_metrics(self.metrics_path), self.workdir / "curves.png"
+        title = f"{self.workdir.name}: {self.run.steps} steps"
+        draw_curves(rows, picture, title=title, unit=self.work.unit)
+        evaluated = [row for row in rows if any("/" in key for key in row)]
+        table = _plain_table("done")
+        for name, value in (evaluated[-1] if evaluated else {}).items():
+            if name.endswith(("/loss", "/bits_per_byte")):
+                table.add_row(name, f"{value:.4f}" + (" nats" if name.endswith("/loss") else ""))
+        table.add_row("curves", str(picture))
+        table.add_row("TensorBoard", f"tensorboard --logdir={self.workdir}")
+        table.add_row("metrics", str(self.metrics_path))
+        table.add_row("checkpoint", str(self.workdir / "checkpoints" / str(self.run.steps)))
+        self.console.print(table)
+
+    def _write(self, step: int, row: Mapping[str, float]) -> None:
+        if not self.writes or not row:
+            return
+        self.metrics.write(json.dumps({"step": step, **row}) + "\n")
+        for name, value in row.items():
+            self.events.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(dict(row), step=step)
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Throughput, and the share of the chips' peak in both accountings where the peak is known."""
+        devices, batch_size = self.program.mesh.size, self.run.batch_size
+        rate = batch_size * self.work.units / seconds
+        name = f"{self.work.unit}_per_s"
+        speed = {"step_s": seconds, name: rate, f"{name}_per_device": rate / devices}
+        if self.chip is not None:
+            peak = seconds * devices * self.chip.flop_per_s / batch_size
+            speed |= {"mfu": self.work.flop / peak, "mfu_full": self.work.flop_full / peak}
+        return speed
+
+    def _table(self, setup_s: float) -> Table:
+        run, mesh, unit = self.run, self.program.mesh, self.work.unit.removesuffix("s")
+        table = _plain_table("run")
+        params = self.program.abstract_state.variables()["params"]
+        counts = run.task.count_params(params)
+        table.add_row("parameters", f"{sum(counts.values()):,}")
+        for name, count in counts.items():
+            table.add_row(f"  {name}", f"{count:,}")
+        flop = [x / self.work.units for x in (self.work.flop, self.work.flop_full)]
+        table.add_row(f"FLOP per {unit}", f"{flop[0]:.4g} causal, {flop[1]:.4g} full attention")
+        table.add_row(f"{self.work.unit} per step", f"{run.batch_size * self.work.units:,}")
+        total = run.steps * run.batch_size
+        epochs = ", ".join(f"{n:.3g} x {k}" for k, n in run.data.epochs(total).items())
+        table.add_row("data", f"{total * self.work.units:,} {self.work.unit} in all: {epochs}")
+        memory = "  ".join(f"{k} {v / 1e6:,.1f} MB" for k, v in self.program.memory.items())
+        table.add_row("memory per device", f"{memory or 'unknown'} (the compiler's estimate)")
+        axes = " ".join(f"{a}={n}" for a, n in mesh.shape.items() if n > 1) or "one device"
+        kind = mesh.devices.flat[0].device_kind
+        table.add_row("mesh", f"{axes} ({mesh.size} x {kind}, {jax.process_count()} process(es))")
+        peak = f"{self.chip.flop_per_s / 1e12:,.0f} TFLOP/s" if self.chip else "unknown, so is MFU"
+        table.add_row("peak per device", peak)
+        table.add_row("ready after", f"{setup_s:.1f} s")
+        return table
+
+    def _warnings(self) -> list[str]:
+        run, notes = self.run, []
+        for name, epochs in run.data.epochs(run.steps * run.batch_size).items():
+            if epochs > MANY_EPOCHS:
+                notes.append(
+                    f"{name} is read {epochs:.0f} times: the model will learn it by heart. Add text, or "
+                    "lower steps or batch_size."
+                )
+        if not run.evals:
+            notes.append("no evals: nothing will tell learning from memorising. Set config.evals.")
+        if jax.default_backend() == "cpu" and self.work.flop * run.batch_size > 1e13:
+            notes.append("a step is over 10 TFLOP, minutes on a CPU: lower batch_size, or use a GPU.")
+        return notes
+
+
+def _plain_table(title: str) -> Table:
+    table = Table(show_header=False, title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

@@ -1,0 +1,47 @@
+"""The task's own loss and metrics on held-out data."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+
+from lmjax.core import Dataset, Mean, Session
+from lmjax.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The mean of every metric over a data set, each observation counted once.
+
+    Args:
+      data: what to evaluate on; gone through once, in order.
+      batch_size: examples per evaluation step, over all devices.
+      max_batches: stop after so many; 0 reads everything.
+    """
+
+    data: Dataset
+    batch_size: int
+    max_batches: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.max_batches < 0:
+            raise UserError(
+                f"batch_size is {self.batch_size} and max_batches {self.max_batches}: give at least 1 "
+                "and at least 0."
+            )
+
+    def __call__(self, session: Session) -> Mapping[str, float | str]:
+        """Numbers by the metric's name."""
+        batches = self.data.epoch_batches(
+            batch_size=self.batch_size, shard=jax.process_index(), num_shards=jax.process_count()
+        )
+        sums: dict[str, Mean] = {}
+        for batch in itertools.islice(batches, self.max_batches or None):
+            # Reading each result keeps one step in flight, and sums in the host's double precision.
+            for name, mean in jax.device_get(session.eval_step(batch)).items():
+                mean = Mean(float(mean.total), float(mean.weight))
+                sums[name] = sums[name] + mean if name in sums else mean
+        return {name: float(mean.value) for name, mean in sums.items()}
