@@ -11,6 +11,7 @@ A node that stands in several places of the tree is built once, and shared.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -45,7 +46,7 @@ def call(target: Callable[..., Any], /, **kwargs: Any) -> ConfigDict:
             raise UserError(f"{_name(target)} has no field {key!r}." + did_you_mean(key, accepted))
         plain = value.get() if isinstance(value, FieldReference) else value
         _check(plain, accepted[key].annotation, f"{_name(target)}: {key}")
-        node[key] = value
+        node[key] = _recorded(value, f"{_name(target)}: {key}")
     object.__setattr__(node, "_given", frozenset(kwargs))
     return node
 
@@ -91,20 +92,26 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"{path} defines no get_config(): a config file must.")
     config = module.get_config()
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config() must return call(...), and returned {config!r}.")
     for name, value in variants.get(variant, {}).items():
         override(config, name, value)
-    flags = dict(overrides or {})
+    before, flags = dict(leaves(config)), dict(overrides or {})
     for name, value in flags.items():
         override(config, name, value)
-    object.__setattr__(config, "_flags", frozenset(flags))
+    # A flag also speaks for the leaves that share its node or FieldReference, and for its members.
+    changed = {name for name, value in leaves(config) if before.get(name, ...) != value}
+    named = {name for name, _ in leaves(config) if any(f"{name}.".startswith(f"{f}.") for f in flags)}
+    object.__setattr__(config, "_flags", frozenset(changed | named))
     return config
 
 
 def override(config: ConfigDict, name: str, value: Any) -> None:
     """Sets the field `name` ('task.model.num_layers'); a string is read by the field's type."""
     *parents, last = name.split(".")
-    node, path = config, "config"
+    node, path, above = config, "config", []
     for key in parents:
+        above.append((node, key))
         node, path = _child(node, key, path), f"{path}.{key}"
     current = _child(node, last, path)
     path = f"{path}.{last}"
@@ -116,10 +123,10 @@ def override(config: ConfigDict, name: str, value: Any) -> None:
     if isinstance(value, str):
         value = _parse(value, annotation, path)
     _check(value, annotation, path)
-    if isinstance(node, ConfigDict):
-        node[last] = value
-    else:
-        node[int(last)] = value
+    while isinstance(node, tuple | list):  # its parent gets another with this member
+        value = tuple(value if str(i) == last else item for i, item in enumerate(node))
+        node, last = above.pop()
+    node[last] = value
 
 
 def to_dict(node: Any, known: Mapping[int, Any] | None = None) -> Any:
@@ -212,10 +219,23 @@ def _make(node: ConfigDict, path: str, memo: dict[int, Any]) -> Any:
     try:
         return target(**kwargs)
     except UserError as error:
-        message = str(error)
-        raise UserError(message if message.startswith("config") else f"{path}: {message}") from error
+        raise UserError(f"{path}: {error}") from error
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {node[CALL]} refused its values: {error}") from error
+
+
+def _recorded(value: Any, path: str) -> Any:
+    """The value as a config holds it: what JSON can spell, and recorded calls."""
+    if isinstance(value, (ConfigDict, FieldReference, *SCALARS)):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(_recorded(item, path) for item in value)
+    if isinstance(value, Mapping):
+        node = ConfigDict(type_safe=False)
+        for key, item in value.items():
+            node[key] = _recorded(item, path)
+        return node
+    raise UserError(f"{path}: a config cannot hold {value!r}; record it by call() or ref().")
 
 
 def _import_file(path: str) -> types.ModuleType:
@@ -275,8 +295,10 @@ def _child(node: Any, key: str, path: str) -> Any:
 
 def _annotation(node: Any, key: str, current: Any) -> Any:
     if isinstance(node, ConfigDict) and CALL in node:
-        return _parameters(_resolve(node[CALL], key))[key].annotation
-    return type(current)
+        parameter = _parameters(_resolve(node[CALL], key)).get(key)
+        return parameter.annotation if parameter else Any
+    # A member of a sequence or mapping: of the type that it has; the target judges it once built.
+    return {int: int | float, type(None): Any}.get(type(current), type(current))
 
 
 def _default(node: Any, key: str) -> Any:
@@ -294,36 +316,38 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 
 
 def _accepts(annotation: Any, value: Any) -> bool:
-    if annotation is Any or isinstance(annotation, str | typing.TypeVar):
+    if annotation in (Any, object) or isinstance(annotation, str | typing.TypeVar):
         return True
+    if isinstance(value, ConfigDict):
+        return True  # a recorded call: judged once it is made
+    if len(options := _options(annotation)) > 1:
+        return any(_accepts(option, value) for option in options)
     if annotation is None:
         return value is None
-    origin = typing.get_origin(annotation) or annotation
+    origin, inner = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if origin is typing.Literal:
-        return value in typing.get_args(annotation)
-    if origin is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return any(value == a and type(value) is type(a) for a in inner)
+    if origin is float:  # NaN is no setting
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
     if origin is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin in (bool, str, type(None)):
         return isinstance(value, origin)
-    if isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool | int | float | str):  # a string is no sequence here
         return False
-    if isinstance(value, str):  # a string is no sequence here, and no object of a class
+    if origin not in (tuple, list, Sequence):
+        return True
+    if not isinstance(value, Sequence):
         return False
-    if origin in (tuple, list, Sequence) and isinstance(value, tuple | list):
-        inner = [a for a in typing.get_args(annotation) if a is not Ellipsis]
-        return all(any(_accepts(a, v) for a in inner) or not inner for v in value)
-    return value is not None or origin is object
+    if origin is tuple and inner and inner[-1] is not Ellipsis:
+        return len(inner) == len(value) and all(map(_accepts, inner, value))
+    return all(_accepts(inner[0] if inner else Any, item) for item in value)
 
 
 def _check(value: Any, annotation: Any, path: str) -> None:
     """Raises unless the annotation allows `value`. Only scalars and sequences of them are judged."""
-    if isinstance(value, ConfigDict):
-        return  # a recorded call: judged once it is made
-    if any(_accepts(option, value) for option in _options(annotation)):
-        return
-    raise UserError(f"{path}: expected {_spell(annotation)}, got {value!r}.")
+    if not _accepts(annotation, value):
+        raise UserError(f"{path}: expected {_spell(annotation)}, got {value!r}.")
 
 
 def _spell(annotation: Any) -> str:
@@ -337,33 +361,51 @@ def _spell(annotation: Any) -> str:
 
 
 def _parse(text: str, annotation: Any, path: str) -> Any:
-    """Reads a flag's text as the first type of the annotation that fits."""
-    for option in _options(annotation):
+    """Reads a flag's text as the first type of the annotation that fits; None first, str last."""
+    for option in sorted(_options(annotation), key=lambda o: (o is str) - (o in (None, type(None)))):
         if option in (None, type(None)) and text.lower() == "none":
             return None
         if option is bool and text.lower() in ("true", "false", "1", "0", "yes", "no"):
             return text.lower() in ("true", "1", "yes")
-        if option is int:
-            try:
-                number = float(text.replace("_", ""))
-            except ValueError:
-                continue
-            if number.is_integer():
-                return int(text.replace("_", "")) if text.lstrip("+-").isdigit() else int(number)
+        if option is int and (number := _parse_int(text)) is not None:
+            return number
         if option is float:
-            try:
+            with contextlib.suppress(ValueError):
                 return float(text)
-            except ValueError:
-                continue
         if option is str:
             return text
-        if typing.get_origin(option) is typing.Literal:
-            match = [a for a in typing.get_args(option) if str(a) == text]
-            if match:
-                return match[0]
-        if (typing.get_origin(option) or option) in (tuple, list, Sequence, Any):
-            try:
-                return ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                return text if option is Any else tuple(text.split(","))
+        origin, inner = typing.get_origin(option) or option, typing.get_args(option)
+        if origin is typing.Literal and (match := [a for a in inner if str(a) == text]):
+            return match[0]
+        if origin is Any:
+            value = _parse_literal(text)
+            return text if value is None and text != "None" else value
+        if origin in (tuple, list, Sequence):
+            value = _parse_literal(text)
+            if isinstance(value, tuple | list) and _accepts(option, value):
+                return tuple(value)
+            member = inner[0] if inner else Any
+            return tuple(_parse(part.strip(), member, path) for part in text.split(","))
     raise UserError(f"{path}: expected {_spell(annotation)}, got {text!r}.")
+
+
+def _parse_int(text: str) -> int | None:
+    """'12', '1_000' and '1e6'; None where the text is no whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None
+
+
+def _parse_literal(text: str) -> Any:
+    """A number, string or sequence in Python's spelling; None where the text is none."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, (*SCALARS, tuple, list)) else None

@@ -81,6 +81,7 @@ class Layout:
         """The mesh shape on `num_devices` devices, -1 resolved; raises UserError where it does not fit."""
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
         fixed = math.prod(n for n in sizes.values() if n != -1)
+        asks = f"a multiple of {fixed}" if -1 in sizes.values() else str(fixed)
         for axis, n in sizes.items():
             if n == -1 and num_devices % fixed == 0:
                 sizes[axis] = num_devices // fixed
@@ -88,7 +89,7 @@ class Layout:
             given = ", ".join(f"{a}={getattr(self, a)}" for a in MESH_AXES if getattr(self, a) != 1)
             fits = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
             raise UserError(
-                f"layout ({given or 'one device'}) asks for a multiple of {fixed} devices, and there are "
+                f"layout ({given or 'one device'}) asks for {asks} devices, and there are "
                 f"{num_devices}. The product of all axes must be {num_devices}: sizes that divide it are "
                 f"{', '.join(map(str, fits))}; -1 takes what remains."
             )
@@ -192,12 +193,12 @@ def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
 def shardings_of(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """The sharding of every leaf of a tree with boxed parameters, in the tree's unboxed structure.
 
-    What has no box (a step counter), or no longer the rank of its box (the factored moments of
-    Adafactor), is replicated. Raises UserError where a mesh axis does not divide a parameter.
+    What has no box (a step counter), no longer the rank of its box (the factored moments of
+    Adafactor) or a single element (their placeholders) is replicated. Raises UserError where a mesh axis does not divide a parameter.
     """
 
     def of(path: Any, leaf: Any) -> NamedSharding:
-        if not isinstance(leaf, Boxed) or leaf.value.ndim != len(leaf.axes):
+        if not isinstance(leaf, Boxed) or leaf.value.ndim != len(leaf.axes) or leaf.value.size == 1:
             return NamedSharding(mesh, PartitionSpec())
         parts = mesh_axes(leaf.axes, rules)
         for size, name, part in zip(leaf.value.shape, leaf.axes, parts, strict=True):

@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -38,7 +39,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             OVERRIDES[name.removeprefix("config.")] = value if equals else next(arguments, "")
         else:
             rest.append(argument)
-    left: list[str] = app.parse_flags_with_usage(rest)
+    try:
+        left: list[str] = flags.FLAGS(rest)
+    except flags.Error as error:
+        _fail(error, 2)
     return left
 
 
@@ -90,7 +94,7 @@ def _prepare_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _fail(error: Exception, code: int) -> None:
+def _fail(error: Exception, code: int) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(code)
 

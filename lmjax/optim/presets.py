@@ -41,6 +41,8 @@ def adamw(
       average: decay of an exponential average of the parameters, which evaluation then uses.
     """
     _check(b1=b1, b2=b2)
+    if not epsilon > 0:
+        raise UserError(f"epsilon is {epsilon}: must be positive.")
     method = optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)
     return _chain(method, learning_rate, weight_decay, decay, clip_norm, average)
 
@@ -77,6 +79,9 @@ def adafactor(
     Source: Shazeer & Stern, arXiv:1804.04235, algorithms 4 and 5, with the learning rate given
     outright rather than scaled by the parameter's size. See `adamw`.
     """
+    _check(decay_rate=decay_rate)
+    if not clip_update > 0:
+        raise UserError(f"clip_update is {clip_update}: must be positive.")
     method = optax.chain(
         optax.scale_by_factored_rms(
             decay_rate=decay_rate, min_dim_size_to_factor=min_dim_factored
@@ -157,9 +162,9 @@ def _chain(
     clip_norm: float | None,
     average: float | None,
 ) -> optax.GradientTransformation:
-    if weight_decay < 0:
+    if not weight_decay >= 0:
         raise UserError(f"weight_decay is {weight_decay}: must not be negative.")
-    if clip_norm is not None and clip_norm <= 0:
+    if clip_norm is not None and not clip_norm > 0:
         raise UserError(f"clip_norm is {clip_norm}: must be positive, or None for no clipping.")
     if average is not None:
         _check(average=average)

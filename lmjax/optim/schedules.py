@@ -1,9 +1,13 @@
 """Learning rates as functions of the optimizer step; each warms up linearly from 0 to its peak.
 
-The step counts from 0: with `warmup_steps` w the first step uses peak / w and step w - 1 the peak.
+The step counts from 0: with `warmup_steps` w the first step uses peak / w and step w - 1 the peak. A
+decay leaves the peak after the step at which it begins, and arrives with step `steps`, one past the
+last.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +25,7 @@ def constant(*, peak: float, warmup_steps: int = 0) -> optax.Schedule:
 def linear(
     *, peak: float, steps: int, warmup_steps: int = 0, final_fraction: float = 0.0
 ) -> optax.Schedule:
-    """A straight line from the peak to `final_fraction` of it at the last step."""
+    """A straight line from the peak to `final_fraction` of it."""
     _check(peak, warmup_steps, steps, final_fraction)
     decay = optax.linear_schedule(peak, peak * final_fraction, steps - warmup_steps, warmup_steps)
     return _warmed(decay, peak, warmup_steps)
@@ -85,8 +89,8 @@ def _warmed(schedule: optax.Schedule, peak: float, warmup_steps: int) -> optax.S
 def _check(
     peak: float, warmup_steps: int, steps: int | None = None, final_fraction: float = 0.0
 ) -> None:
-    if peak <= 0:
-        raise UserError(f"peak is {peak}: a learning rate must be positive.")
+    if not 0 < peak < math.inf:
+        raise UserError(f"peak is {peak}: a learning rate must be positive and finite.")
     if warmup_steps < 0:
         raise UserError(f"warmup_steps is {warmup_steps}: must not be negative.")
     if steps is not None and warmup_steps >= steps:

@@ -1,0 +1,1 @@
+"""Pure functions from arrays to arrays, with their own gradients where XLA's are slow."""
