@@ -1,17 +1,15 @@
 """Experiments as recorded calls over `ml_collections.ConfigDict`.
 
 A config file holds `get_config()`, which returns `call(Run, task=call(...), ...)`: nothing is made
-until `build` makes the recorded calls, innermost first. Between the two, every scalar is a leaf that
-a flag may override and that `explain` can print. What a target's signature does not accept is refused
-when it is recorded, so a misspelt or mistyped field fails before any device is touched.
+until `build` makes the recorded calls, innermost first. Between the two, every scalar is a leaf
+that a flag may override and that `explain` can print. What a target's signature does not accept is
+refused when it is recorded, so a misspelt or mistyped field fails before any device is touched.
 
 A node that stands in several places of the tree is built once, and shared.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -19,16 +17,16 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
+from lmjax.annotations import SCALARS, check, parse
 from lmjax.errors import UserError, did_you_mean
 
 CALL, REF = "_call", "_ref"
-SCALARS = (bool, int, float, str, type(None))
 
 
 def call(target: Callable[..., Any], /, **kwargs: Any) -> ConfigDict:
@@ -45,7 +43,7 @@ def call(target: Callable[..., Any], /, **kwargs: Any) -> ConfigDict:
         if key not in accepted:
             raise UserError(f"{_name(target)} has no field {key!r}." + did_you_mean(key, accepted))
         plain = value.get() if isinstance(value, FieldReference) else value
-        _check(plain, accepted[key].annotation, f"{_name(target)}: {key}")
+        check(plain, accepted[key].annotation, f"{_name(target)}: {key}")
         node[key] = _recorded(value, f"{_name(target)}: {key}")
     object.__setattr__(node, "_given", frozenset(kwargs))
     return node
@@ -62,7 +60,7 @@ def build(node: Any) -> Any:
     Raises UserError with the field's path where a target is missing, a required field is absent, or
     the target itself refuses its values.
     """
-    return _build(node, "config", {})
+    return _build(node, "config", _paths(node), {})
 
 
 def build_and_resolve(node: ConfigDict) -> tuple[Any, dict[str, Any]]:
@@ -72,7 +70,7 @@ def build_and_resolve(node: ConfigDict) -> tuple[Any, dict[str, Any]]:
     replaced by that scalar, so that parts of it can be built again without the rest.
     """
     memo: dict[int, Any] = {}
-    built = _build(node, "config", memo)
+    built = _build(node, "config", _paths(node), memo)
     return built, to_dict(node, {k: v for k, v in memo.items() if isinstance(v, SCALARS)})
 
 
@@ -80,8 +78,8 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
     """Loads `FILE.py[:VARIANT]` and applies the variant's and then the given overrides.
 
     Args:
-      spec: path of a file that defines `get_config()` and, if it has variants, `VARIANTS`: a mapping
-        from a variant's name to overrides ({"steps": 8, "task.model.num_layers": 2}).
+      spec: path of a file that defines `get_config()` and, if it has variants, `VARIANTS`: a
+        mapping from a variant's name to overrides ({"steps": 8, "task.model.num_layers": 2}).
       overrides: dotted field to value. Strings are read by the field's type, as flags are.
     """
     path, _, variant = spec.partition(":")
@@ -99,10 +97,11 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
     before, flags = dict(leaves(config)), dict(overrides or {})
     for name, value in flags.items():
         override(config, name, value)
-    # A flag also speaks for the leaves that share its node or FieldReference, and for its members.
-    changed = {name for name, value in leaves(config) if before.get(name, ...) != value}
-    named = {name for name, _ in leaves(config) if any(f"{name}.".startswith(f"{f}.") for f in flags)}
-    object.__setattr__(config, "_flags", frozenset(changed | named))
+    # A flag also speaks for its members, and for leaves that share its node or FieldReference.
+    stems = tuple(f"{name}." for name in flags)
+    after = leaves(config)
+    spoken = {k for k, v in after if f"{k}.".startswith(stems) or before.get(k, ...) != v}
+    object.__setattr__(config, "_flags", frozenset(spoken))
     return config
 
 
@@ -121,8 +120,8 @@ def override(config: ConfigDict, name: str, value: Any) -> None:
         )
     annotation = _annotation(node, last, current)
     if isinstance(value, str):
-        value = _parse(value, annotation, path)
-    _check(value, annotation, path)
+        value = parse(value, annotation, path)
+    check(value, annotation, path)
     while isinstance(node, tuple | list):  # its parent gets another with this member
         value = tuple(value if str(i) == last else item for i, item in enumerate(node))
         node, last = above.pop()
@@ -174,7 +173,7 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def explain(config: ConfigDict) -> list[tuple[str, Any, str]]:
     """Lists (field, value, source) of every leaf; the source is 'default', 'file' or 'flag'."""
-    flags = getattr(config, "_flags", frozenset())
+    flags: frozenset[str] = getattr(config, "_flags", frozenset())
     rows = []
     for path, value in leaves(config):
         *parents, last = path.split(".")
@@ -190,38 +189,55 @@ def explain(config: ConfigDict) -> list[tuple[str, Any, str]]:
     return rows
 
 
-def _build(node: Any, path: str, memo: dict[int, Any]) -> Any:
+def _paths(root: Any) -> dict[int, str]:
+    """The shortest path to each node, by id: of a node that is shared, the one that errors name."""
+    paths: dict[int, str] = {}
+    queue: list[tuple[Any, str]] = [(root, "config")]
+    for node, path in queue:  # which grows
+        if isinstance(node, ConfigDict) and id(node) not in paths:
+            paths[id(node)] = path
+            queue.extend((node[key], f"{path}.{key}") for key in node)
+        elif isinstance(node, tuple | list):
+            queue.extend((item, f"{path}.{i}") for i, item in enumerate(node))
+    return paths
+
+
+def _build(node: Any, path: str, paths: Mapping[int, str], memo: dict[int, Any]) -> Any:
+    def inner(items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+        return {key: _build(item, f"{path}.{key}", paths, memo) for key, item in items}
+
     if isinstance(node, tuple | list):
-        return tuple(_build(item, f"{path}.{i}", memo) for i, item in enumerate(node))
+        return tuple(inner(enumerate(node)).values())
     if not isinstance(node, ConfigDict):
         return node
     if id(node) not in memo:
+        path = paths[id(node)]
         if REF in node:
             memo[id(node)] = _resolve(node[REF], path)
         elif CALL in node:
-            memo[id(node)] = _make(node, path, memo)
+            kwargs = inner((key, node[key]) for key in node if key != CALL)
+            memo[id(node)] = _make(node[CALL], kwargs, path)
         else:
-            memo[id(node)] = {key: _build(node[key], f"{path}.{key}", memo) for key in node}
+            memo[id(node)] = inner(node.items())
     return memo[id(node)]
 
 
-def _make(node: ConfigDict, path: str, memo: dict[int, Any]) -> Any:
-    target = _resolve(node[CALL], path)
+def _make(name: str, kwargs: Mapping[str, Any], path: str) -> Any:
+    target = _resolve(name, path)
     accepted = _parameters(target)
-    kwargs = {k: _build(node[k], f"{path}.{k}", memo) for k in node if k != CALL}
     for key, value in kwargs.items():
         if key not in accepted:
             raise UserError(f"{path} has no field {key!r}." + did_you_mean(key, accepted))
-        _check(value, accepted[key].annotation, f"{path}.{key}")
+        check(value, accepted[key].annotation, f"{path}.{key}")
     for key, parameter in accepted.items():
         if parameter.default is inspect.Parameter.empty and key not in kwargs:
-            raise UserError(f"{path} needs the field {key!r} of {node[CALL]}, which is not given.")
+            raise UserError(f"{path} needs the field {key!r} of {name}, which is not given.")
     try:
         return target(**kwargs)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {node[CALL]} refused its values: {error}") from error
+        raise UserError(f"{path}: {name} refused its values: {error}") from error
 
 
 def _recorded(value: Any, path: str) -> Any:
@@ -240,7 +256,7 @@ def _recorded(value: Any, path: str) -> Any:
 
 def _import_file(path: str) -> types.ModuleType:
     if not Path(path).is_file():
-        near = [str(p) for p in Path(path).parent.glob("*.py")] if Path(path).parent.is_dir() else []
+        near = [str(p) for p in Path(path).parent.glob("*.py")]
         raise UserError(f"no config file {path!r}." + did_you_mean(path, near))
     spec = importlib.util.spec_from_file_location(f"lmjax_config_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
@@ -251,7 +267,7 @@ def _import_file(path: str) -> types.ModuleType:
 
 def _name(target: Any) -> str:
     if "<" in target.__qualname__:
-        raise UserError(f"{target.__qualname__} is local: a config records module-level names only.")
+        raise UserError(f"{target.__qualname__} is local: a config records module-level names.")
     return f"{target.__module__}:{target.__qualname__}"
 
 
@@ -263,7 +279,7 @@ def _resolve(name: str, path: str) -> Any:
         raise UserError(f"{path}: cannot import {name!r}: {error}") from error
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The keyword parameters of `target`, annotations resolved; linen's own fields left out."""
     try:
@@ -306,106 +322,3 @@ def _default(node: Any, key: str) -> Any:
         parameter = _parameters(_resolve(node[CALL], key)).get(key)
         return parameter.default if parameter else inspect.Parameter.empty
     return inspect.Parameter.empty
-
-
-def _options(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation alone."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return typing.get_args(annotation)
-    return (annotation,)
-
-
-def _accepts(annotation: Any, value: Any) -> bool:
-    if annotation in (Any, object) or isinstance(annotation, str | typing.TypeVar):
-        return True
-    if isinstance(value, ConfigDict):
-        return True  # a recorded call: judged once it is made
-    if len(options := _options(annotation)) > 1:
-        return any(_accepts(option, value) for option in options)
-    if annotation is None:
-        return value is None
-    origin, inner = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
-    if origin is typing.Literal:
-        return any(value == a and type(value) is type(a) for a in inner)
-    if origin is float:  # NaN is no setting
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if origin in (bool, str, type(None)):
-        return isinstance(value, origin)
-    if value is None or isinstance(value, bool | int | float | str):  # a string is no sequence here
-        return False
-    if origin not in (tuple, list, Sequence):
-        return True
-    if not isinstance(value, Sequence):
-        return False
-    if origin is tuple and inner and inner[-1] is not Ellipsis:
-        return len(inner) == len(value) and all(map(_accepts, inner, value))
-    return all(_accepts(inner[0] if inner else Any, item) for item in value)
-
-
-def _check(value: Any, annotation: Any, path: str) -> None:
-    """Raises unless the annotation allows `value`. Only scalars and sequences of them are judged."""
-    if not _accepts(annotation, value):
-        raise UserError(f"{path}: expected {_spell(annotation)}, got {value!r}.")
-
-
-def _spell(annotation: Any) -> str:
-    if typing.get_origin(annotation) is typing.Literal:
-        return "one of " + ", ".join(repr(a) for a in typing.get_args(annotation))
-    if len(_options(annotation)) > 1:
-        return " or ".join(_spell(option) for option in _options(annotation))
-    if annotation in (None, type(None)):
-        return "None"
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
-
-
-def _parse(text: str, annotation: Any, path: str) -> Any:
-    """Reads a flag's text as the first type of the annotation that fits; None first, str last."""
-    for option in sorted(_options(annotation), key=lambda o: (o is str) - (o in (None, type(None)))):
-        if option in (None, type(None)) and text.lower() == "none":
-            return None
-        if option is bool and text.lower() in ("true", "false", "1", "0", "yes", "no"):
-            return text.lower() in ("true", "1", "yes")
-        if option is int and (number := _parse_int(text)) is not None:
-            return number
-        if option is float:
-            with contextlib.suppress(ValueError):
-                return float(text)
-        if option is str:
-            return text
-        origin, inner = typing.get_origin(option) or option, typing.get_args(option)
-        if origin is typing.Literal and (match := [a for a in inner if str(a) == text]):
-            return match[0]
-        if origin is Any:
-            value = _parse_literal(text)
-            return text if value is None and text != "None" else value
-        if origin in (tuple, list, Sequence):
-            value = _parse_literal(text)
-            if isinstance(value, tuple | list) and _accepts(option, value):
-                return tuple(value)
-            member = inner[0] if inner else Any
-            return tuple(_parse(part.strip(), member, path) for part in text.split(","))
-    raise UserError(f"{path}: expected {_spell(annotation)}, got {text!r}.")
-
-
-def _parse_int(text: str) -> int | None:
-    """'12', '1_000' and '1e6'; None where the text is no whole number."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return int(number) if number.is_integer() else None
-
-
-def _parse_literal(text: str) -> Any:
-    """A number, string or sequence in Python's spelling; None where the text is none."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
-    return value if isinstance(value, (*SCALARS, tuple, list)) else None

@@ -1,7 +1,7 @@
 """`python -m lmjax.train --config=configs/shakespeare.py --workdir=DIR [--config.steps=500]`.
 
-Exit codes: 0 done; 1 an error of lmjax itself; 2 a bad config, file or flag; 3 the loss is not finite;
-130 and 143 stopped by Ctrl-C and SIGTERM, saved.
+Exit codes: 0 done; 1 an error of lmjax itself; 2 a bad config, file or flag; 3 the loss is not
+finite; 130 and 143 stopped by Ctrl-C and SIGTERM, saved.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from lmjax.config import build_and_resolve, explain, load_config
 from lmjax.errors import UserError
 
 CONFIG = flags.DEFINE_string(
-    "config", None, "FILE.py[:VARIANT]; --config.a.b=VALUE overrides one of its fields", required=True
+    "config", None, "FILE.py[:VARIANT]; --config.a.b=VALUE overrides one of its fields"
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run lies; an existing one is continued")
 EXPLAIN = flags.DEFINE_bool("explain", False, "print every value and where it comes from, and stop")
-DEVICES = flags.DEFINE_integer("devices", 0, "how many devices the CPU shows as; 0 for one", lower_bound=0)
+DEVICES = flags.DEFINE_integer(
+    "devices", 0, "how many devices the CPU shows as; 0 for one", lower_bound=0
+)
 
 OVERRIDES: dict[str, str] = {}
 
@@ -58,6 +60,8 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected arguments: {' '.join(argv[1:])}.")
+        if not CONFIG.value:
+            raise UserError("--config is not given: name a file, as --config=configs/char.py.")
         config = load_config(CONFIG.value, OVERRIDES)
         run, tree = build_and_resolve(config)
         if EXPLAIN.value:

@@ -38,7 +38,14 @@ class Checkpoints:
             max_to_keep=keep_last, keep_period=keep_every or None, enable_async_checkpointing=True
         )
         with self._explained("open"):
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=options,
+                item_handlers={
+                    "state": ocp.PyTreeCheckpointHandler(),
+                    "about": ocp.JsonCheckpointHandler(),
+                },
+            )
 
     def steps(self) -> list[int]:
         """The steps that have a committed checkpoint, oldest first."""
@@ -56,7 +63,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(dict(about))
+                    state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(dict(about))
                 ),
             )
 
@@ -81,10 +88,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 about = self.about(step)
-                restored = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-                )
-                return step, restored["state"], about
+                return step, self._read(step, abstract_state, whole=True), about
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
                 if mismatch := _mismatch(error):
                     raise UserError(
@@ -124,16 +128,7 @@ class Checkpoints:
             wanted = {name: wanted[name] for name in ("frozen", "model_state")}
             wanted["opt_state"] = _nest(stored["opt_state"], path)
         abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted)
-        state = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    abstract,
-                    restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract),
-                    partial_restore=True,
-                )
-            ),
-        )["state"]
+        state = self._read(step, abstract, whole=False)
         params = state["params"] if path is None else functools.reduce(_get, path, state["opt_state"])
         return step, {"params": merge(params, state["frozen"]), **state["model_state"]}
 
@@ -141,6 +136,19 @@ class Checkpoints:
         """Ends every save and frees the threads."""
         self.wait()
         self._manager.close()
+
+    def _read(self, step: int, abstract: Any, *, whole: bool) -> Any:
+        """The arrays of a checkpoint as `abstract` has them: sharded where it says how, else on the host."""
+        restore_args = jax.tree.map(
+            lambda x: (
+                ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+                if x.sharding
+                else ocp.RestoreArgs(restore_type=np.ndarray)
+            ),
+            abstract,
+        )
+        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=not whole)
+        return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
     def _set_aside(self, step: int) -> None:
         source = self.directory / str(step)

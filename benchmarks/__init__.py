@@ -1,0 +1,1 @@
+"""Speed, measured as ratios of interleaved runs; no test depends on it."""
