@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lmjax.config import build, call, load_config, ref
+from lmjax.errors import UserError
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from lmjax.engine.state import TrainState
     from lmjax.generate.language_model import LanguageModel
 
-__all__ = ["build", "call", "compile", "load", "load_config", "ref", "train"]
+__all__ = ["UserError", "build", "call", "compile", "load", "load_config", "ref", "train"]
 
 
 def compile(config: ConfigDict) -> Program:

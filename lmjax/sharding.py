@@ -1,8 +1,8 @@
 """All partitioning of lmjax: names for array axes, one table from names to mesh axes, and the mesh.
 
-A model names the axes of its parameters (`param`) and of its activations (`shard`); a `Layout` says how
-many devices each mesh axis has; `RULES` joins the two. Weights and activations have different names, so
-that fully sharded data parallelism is the one rule `embed -> fsdp`.
+A model names the axes of its parameters (`param`) and of its activations (`shard`); a `Layout` says
+how many devices each mesh axis has; `RULES` joins the two. Weights and activations have different
+names, so that fully sharded data parallelism is the one rule `embed -> fsdp`.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ AXES = frozenset(RULES)
 class Layout:
     """How many devices lie along each mesh axis; one of them may be -1, for all that remain.
 
-    `slices` are data-parallel groups joined by the slow network. `data` replicates parameters, `fsdp`
-    shards them and their moments, `tensor` splits heads, hidden units and vocabulary, `context` the
-    sequence, `expert` the experts and `stage` the layers.
+    `slices` are data-parallel groups joined by the slow network. `data` replicates parameters,
+    `fsdp` shards them and their moments, `tensor` splits heads, hidden units and vocabulary,
+    `context` the sequence, `expert` the experts and `stage` the layers.
     """
 
     slices: int = 1
@@ -73,12 +73,15 @@ class Layout:
     def __post_init__(self) -> None:
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
         if bad := [a for a, n in sizes.items() if n < 1 and n != -1]:
-            raise UserError(f"layout.{bad[0]} is {sizes[bad[0]]}: must be at least 1, or -1 for the rest.")
+            raise UserError(f"{bad[0]} is {sizes[bad[0]]}: must be at least 1, or -1 for the rest.")
         if len(free := [a for a, n in sizes.items() if n == -1]) > 1:
-            raise UserError(f"layout has -1 for {' and '.join(free)}: only one axis can take the rest.")
+            raise UserError(f"{' and '.join(free)} are -1: only one axis can take the rest.")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """The mesh shape on `num_devices` devices, -1 resolved; raises UserError where it does not fit."""
+        """The mesh shape on `num_devices` devices, -1 resolved.
+
+        Raises UserError where it does not fit.
+        """
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
         fixed = math.prod(n for n in sizes.values() if n != -1)
         asks = f"a multiple of {fixed}" if -1 in sizes.values() else str(fixed)
@@ -90,13 +93,13 @@ class Layout:
             fits = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
             raise UserError(
                 f"layout ({given or 'one device'}) asks for {asks} devices, and there are "
-                f"{num_devices}. The product of all axes must be {num_devices}: sizes that divide it are "
-                f"{', '.join(map(str, fits))}; -1 takes what remains."
+                f"{num_devices}. The product of all axes must be {num_devices}: sizes that divide "
+                f"it are {', '.join(map(str, fits))}; -1 takes what remains."
             )
         return sizes
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The device mesh, all axes named, physical neighbours kept together where the platform knows."""
+        """The device mesh, all axes named, neighbours together where the platform knows them."""
         devices = jax.devices() if devices is None else devices
         shape = tuple(self.sizes(len(devices)).values())
         if devices[0].platform == "tpu":
@@ -141,9 +144,10 @@ def param(
     axes: tuple[str | None, ...],
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """Declares a parameter of `module` whose axes are named; raises ValueError for an unknown name."""
+    """Declares a parameter of `module` whose axes are named; an unknown name raises ValueError."""
     _check_axes(axes, len(shape))
-    return module.param(name, lambda rng: Boxed(init(rng, shape, dtype), axes))
+    value: Any = module.param(name, lambda rng: Boxed(init(rng, shape, dtype), axes))
+    return value  # without its box
 
 
 _ACTIVE: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("active_mesh", default=None)
@@ -194,7 +198,8 @@ def shardings_of(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """The sharding of every leaf of a tree with boxed parameters, in the tree's unboxed structure.
 
     What has no box (a step counter), no longer the rank of its box (the factored moments of
-    Adafactor) or a single element (their placeholders) is replicated. Raises UserError where a mesh axis does not divide a parameter.
+    Adafactor) or a single element (their placeholders) is replicated. Raises UserError where a mesh
+    axis does not divide a parameter.
     """
 
     def of(path: Any, leaf: Any) -> NamedSharding:
@@ -202,12 +207,12 @@ def shardings_of(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         parts = mesh_axes(leaf.axes, rules)
         for size, name, part in zip(leaf.value.shape, leaf.axes, parts, strict=True):
-            ways = math.prod(mesh.shape[a] for a in part)
+            ways, split = math.prod(mesh.shape[a] for a in part), " x ".join(part)
             if size % ways:
+                where = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise UserError(
-                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')} has {size} along "
-                    f"{name!r}, which {' x '.join(part)} = {ways} devices do not divide. Choose a layout "
-                    f"whose {' x '.join(part)} divides {size}."
+                    f"parameter {where} has {size} along {name!r}, which {split} = {ways} devices "
+                    f"do not divide. Choose a layout whose {split} divides {size}."
                 )
         return NamedSharding(mesh, spec(leaf.axes, rules))
 

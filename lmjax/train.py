@@ -93,7 +93,7 @@ def _prepare_jax() -> None:
     if DEVICES.value:
         jax.config.update("jax_num_cpu_devices", DEVICES.value)
     cache = Path(os.environ.get("LMJAX_CACHE", "~/.cache/lmjax")).expanduser() / "xla"
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

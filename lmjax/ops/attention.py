@@ -79,7 +79,11 @@ def attention(
         keep_BHTS, keep_scale = dropout_mask(dropout_rng, shape, dropout_rate)
     if sharding.platform() == "cpu" and q.shape[1] > 1:
         k, v = (jnp.repeat(a, H // G, axis=2) if H > G else a for a in (k, v))
-        return attention_cpu.attention(q, k, v, mask_BTS, keep_BHTS, keep_scale, jnp.dtype(dtype))
+        triangular = causal and aligned and q.shape[1] == k.shape[1]
+        operand = jnp.dtype(dtype)
+        return attention_cpu.attention(
+            q, k, v, mask_BTS, keep_BHTS, keep_scale, operand, triangular=triangular
+        )
     return _attention_xla(q, k, v, mask_BTS, keep_BHTS, keep_scale, jnp.dtype(dtype)).astype(
         out_dtype
     )

@@ -83,9 +83,7 @@ def adafactor(
     if not clip_update > 0:
         raise UserError(f"clip_update is {clip_update}: must be positive.")
     method = optax.chain(
-        optax.scale_by_factored_rms(
-            decay_rate=decay_rate, min_dim_size_to_factor=min_dim_factored
-        ),
+        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_factored),
         optax.clip_by_block_rms(clip_update),
     )
     return _chain(method, learning_rate, weight_decay, decay, clip_norm, average)
@@ -103,8 +101,8 @@ def lion(
 ) -> optax.GradientTransformation:
     """The sign of an interpolated momentum.
 
-    Source: Chen et al., arXiv:2302.06675, algorithm 2: wants a learning rate 3-10 times smaller and a
-    weight decay as much larger than Adam's. See `adamw`.
+    Source: Chen et al., arXiv:2302.06675, algorithm 2: wants a learning rate 3-10 times smaller and
+    a weight decay as much larger than Adam's. See `adamw`.
     """
     _check(b1=b1, b2=b2)
     method = optax.scale_by_lion(b1=b1, b2=b2)
@@ -118,9 +116,9 @@ class AverageState(NamedTuple):
 
 
 def average_params(decay: float) -> optax.GradientTransformation:
-    """Keeps average = decay * average + (1 - decay) * (parameters after the update), from step 0 on.
+    """Keeps average = decay * average + (1 - decay) * (parameters after the update).
 
-    Stands last in a chain. Updates pass through unchanged.
+    It starts at the initial parameters. Stands last in a chain; updates pass through unchanged.
     """
 
     def update(updates: Any, state: AverageState, params: Any = None) -> tuple[Any, AverageState]:
@@ -132,9 +130,9 @@ def average_params(decay: float) -> optax.GradientTransformation:
 
 
 class ScheduleState(NamedTuple):
-    """The number of updates made, and the learning rate of the last one, which the trainer reports."""
+    """The updates made so far, and the learning rate of the last, which the trainer reports."""
 
-    count: jax.Array
+    step: jax.Array
     learning_rate: jax.Array
 
 
@@ -147,9 +145,9 @@ def scale_by_schedule(schedule: optax.Schedule) -> optax.GradientTransformation:
 
     def update(updates: Any, state: ScheduleState, params: Any = None) -> tuple[Any, ScheduleState]:
         del params
-        rate = schedule(state.count)
+        rate = schedule(state.step)
         updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
-        return updates, ScheduleState(state.count + 1, rate)
+        return updates, ScheduleState(state.step + 1, rate)
 
     return optax.GradientTransformation(init, update)
 
@@ -189,9 +187,7 @@ def _matches(pattern: re.Pattern[str], params: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return pattern.search(name) is not None
 
-    return jax.tree_util.tree_map_with_path(
-        matches, params, is_leaf=lambda x: isinstance(x, Boxed)
-    )
+    return jax.tree_util.tree_map_with_path(matches, params, is_leaf=lambda x: isinstance(x, Boxed))
 
 
 def _check(**fractions: float) -> None:

@@ -1,8 +1,8 @@
 """Learning rates as functions of the optimizer step; each warms up linearly from 0 to its peak.
 
-The step counts from 0: with `warmup_steps` w the first step uses peak / w and step w - 1 the peak. A
-decay leaves the peak after the step at which it begins, and arrives with step `steps`, one past the
-last.
+The step counts from 0: with `warmup_steps` w the first step uses peak / w and step w - 1 the peak.
+A decay leaves the peak after the step at which it begins, and arrives with step `steps`, one past
+the last.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def _check(
         raise UserError(f"warmup_steps is {warmup_steps}: must not be negative.")
     if steps is not None and warmup_steps >= steps:
         raise UserError(
-            f"warmup_steps {warmup_steps} is not below steps {steps}: the schedule would never reach "
-            "its decay. Lower the first or raise the second."
+            f"warmup_steps {warmup_steps} is not below steps {steps}: the schedule would never "
+            "reach its decay. Lower the first or raise the second."
         )
     if not 0 <= final_fraction <= 1:
         raise UserError(f"final_fraction is {final_fraction}: must be from 0 to 1.")

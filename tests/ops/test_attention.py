@@ -1,8 +1,9 @@
-"""attention: every mask against loops in numpy, gradients against naive code, causality, sharding."""
+"""attention: every mask against loops, gradients against naive code, causality, sharding."""
 
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lmjax.ops import attention_cpu
 from lmjax.ops.attention import attention
 
 B, H, K = 2, 4, 8
@@ -55,28 +57,34 @@ def _loops(q: Any, k: Any, v: Any, mask: dict[str, Any]) -> np.ndarray:
 def _naive(q: jax.Array, k: jax.Array, v: jax.Array, mask: dict[str, Any]) -> jax.Array:
     k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
     allowed = np.array(
-        [[[_sees(b, i, j, mask) for j in range(k.shape[1])] for i in range(q.shape[1])]
-         for b in range(B)]
+        [
+            [[_sees(b, i, j, mask) for j in range(k.shape[1])] for i in range(q.shape[1])]
+            for b in range(B)
+        ]
     )[:, None]
     scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(K)
     probs = jax.nn.softmax(jnp.where(allowed, scores, -1e9), axis=-1) * allowed
     return jnp.einsum("bhts,bshk->bthk", probs, v)
 
 
-def _segments(length: int) -> jax.Array:
+def _segments(length: int) -> np.ndarray:
     rows = [[0] * 3 + [1] * (length - 3), [0] * (length // 2) + [2] * (length - length // 2)]
-    return jnp.asarray(rows, jnp.int32)
+    return np.asarray(rows, np.int32)
 
+
+OWN_SEGMENT = {"segments_q_BT": _segments(9), "segments_kv_BS": _segments(9)}
+
+OWN_SEGMENTS_128 = {"segments_q_BT": _segments(128), "segments_kv_BS": _segments(128)}
 
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "all": (5, 7, {"causal": False}),
     "causal": (9, 9, {"causal": True}),
-    "segments": (9, 9, {"causal": True, "segments_q_BT": _segments(9), "segments_kv_BS": _segments(9)}),
-    "segments_both_ways": (
-        9, 9, {"causal": False, "segments_q_BT": _segments(9), "segments_kv_BS": _segments(9)}
-    ),
+    "segments": (9, 9, {"causal": True, **OWN_SEGMENT}),
+    "segments_both_ways": (9, 9, {"causal": False, **OWN_SEGMENT}),
     "sees_nothing": (
-        6, 6, {"causal": True, "segments_q_BT": _segments(6), "segments_kv_BS": _segments(6) + 1}
+        6,
+        6,
+        {"causal": True, "segments_q_BT": _segments(6), "segments_kv_BS": _segments(6) + 1},
     ),
     "prefill": (4, 12, {"causal": True, "q_offset": 3}),
     "prefill_rows": (4, 12, {"causal": True, "q_offset": jnp.asarray([0, 7])}),
@@ -86,11 +94,12 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "cross": (5, 7, {"causal": False, "kv_length": jnp.asarray([7, 2])}),
     "cross_scalar": (5, 7, {"causal": False, "kv_length": 4}),
     "causal_length": (5, 7, {"causal": True, "q_offset": 2, "kv_length": jnp.asarray([0, 4])}),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("G", [4, 2, 1])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "G"), [*((case, 2) for case in CASES), ("segments", 4), ("cross", 1), ("decode", 4)]
+)
 def test_value_and_gradients(case: str, G: int) -> None:
     T, S, mask = CASES[case]
     q, k, v, g = _draw(T, S, G)
@@ -102,8 +111,8 @@ def test_value_and_gradients(case: str, G: int) -> None:
 
     out, *grads = run(q, k, v)
     np.testing.assert_allclose(out, _loops(q, k, v, mask), rtol=1e-5, atol=1e-5)
-    _, pull = jax.vjp(lambda q, k, v: _naive(q, k, v, mask), q, k, v)
-    for a, b in zip(grads, pull(g), strict=True):
+    want = jax.jit(lambda *args: jax.vjp(lambda *qkv: _naive(*qkv, mask), *args)[1](g))(q, k, v)
+    for a, b in zip(grads, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -112,6 +121,7 @@ def test_bf16(case: str) -> None:
     T, S, mask = CASES[case]
     q, k, v, g = _draw(T, S, 2)
 
+    @partial(jax.jit, static_argnums=0)
     def run(dtype: str) -> tuple[jax.Array, ...]:
         out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, dtype=dtype, **mask), q, k, v)
         return out, *pull(g)
@@ -123,26 +133,48 @@ def test_bf16(case: str) -> None:
         assert np.max(np.abs(a - b)) < 3 * 2.0**-8 * 3 * np.sqrt(9)
 
 
-def test_gradients_prove_causality() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_prove_causality(dtype: str) -> None:
     q, k, v, _ = _draw(9, 9, 2)
-    for dtype in ("float32", "bfloat16"):
-        for i in range(9):
-            def one(k: jax.Array, v: jax.Array, i: int = i, dtype: str = dtype) -> jax.Array:
-                return jnp.sum(jnp.square(attention(q, k, v, causal=True, dtype=dtype)[:, i]))
 
-            for grad in jax.grad(one, (0, 1))(k, v):
-                assert jnp.all(grad[:, i + 1 :] == 0)
-                assert i == 0 or jnp.all(jnp.any(grad[:, : i + 1] != 0, axis=(2, 3)))
-            assert jnp.any(jax.grad(one, 1)(k, v)[:, i] != 0)
+    @jax.jit
+    def seen_by(i: jax.Array) -> jax.Array:
+        """Which keys or values the outputs of query i change with, in each row."""
+
+        def one(k: jax.Array, v: jax.Array) -> jax.Array:
+            out = attention(q, k, v, causal=True, dtype=dtype)
+            return jnp.sum(jnp.square(jnp.take(out, i, axis=1)))
+
+        dk, dv = jax.grad(one, (0, 1))(k, v)
+        return jnp.any((dk != 0) | (dv != 0), axis=(2, 3))
+
+    for i in range(9):
+        assert np.array_equal(seen_by(jnp.asarray(i)), np.tile(np.arange(9) <= i, (B, 1)))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_blocks_of_queries_equal_the_whole(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, g = _draw(128, 128, 4)
+
+    def run(long: int) -> tuple[jax.Array, ...]:
+        monkeypatch.setattr(attention_cpu, "_LONG", long)
+        options = {"dropout_rate": rate, "dropout_rng": jax.random.key(0), **OWN_SEGMENTS_128}
+
+        def both(*qkv: jax.Array) -> tuple[jax.Array, ...]:
+            out, pull = jax.vjp(lambda *qkv: attention(*qkv, causal=True, **options), *qkv)
+            return out, *pull(g)
+
+        return jax.jit(both)(q, k, v)
+
+    for a, b in zip(run(128), run(10**9), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_a_masked_giant_cannot_hide_the_rest() -> None:
     q, k, v, _ = _draw(9, 9, 4)
     k = k.at[:, 8].set(1e4)
     out = attention(q, k, v, causal=True)
-    np.testing.assert_allclose(
-        out, _loops(q, k, v, {"causal": True}), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(out, _loops(q, k, v, {"causal": True}), rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_of_probabilities() -> None:
@@ -155,7 +187,7 @@ def test_dropout_of_probabilities() -> None:
     # With the identity for v the output is the dropped probabilities themselves.
     eye = jnp.broadcast_to(jnp.eye(9)[None, :, None, :], (B, 9, H, 9))
     wide = [jnp.concatenate([x, jnp.zeros((B, 9, H, 1))], axis=-1) for x in (q, k)]
-    dropped = jnp.swapaxes(run(*wide, eye), 1, 2)
+    dropped = jnp.swapaxes(jax.jit(run)(*wide, eye), 1, 2)
     scale = np.sqrt(K / (K + 1))
     scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(K) * scale
     probs = jax.nn.softmax(jnp.where(jnp.tri(9, dtype=bool)[None, None], scores, -jnp.inf), axis=-1)
@@ -170,9 +202,8 @@ def test_dropout_of_probabilities() -> None:
         probs = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
         return jnp.einsum("bhts,bshk->bthk", jnp.where(kept, 2 * probs, 0.0), v)
 
-    _, pull = jax.vjp(run, q, k, v)
-    _, pull_naive = jax.vjp(naive, q, k, v)
-    for a, b in zip(pull(g), pull_naive(g), strict=True):
+    grads, want = jax.jit(lambda *args: [jax.vjp(f, *args)[1](g) for f in (run, naive)])(q, k, v)
+    for a, b in zip(grads, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -209,9 +240,7 @@ def test_shards_over_batch_and_heads_without_communication(dtype: str) -> None:
 
     def grads(q: Any, k: Any, v: Any, s: Any) -> Any:
         def loss(q: Any, k: Any, v: Any) -> Any:
-            out = attention(
-                q, k, v, causal=True, segments_q_BT=s, segments_kv_BS=s, dtype=dtype
-            )
+            out = attention(q, k, v, causal=True, segments_q_BT=s, segments_kv_BS=s, dtype=dtype)
             return jnp.sum(jnp.square(out), axis=(1, 2, 3))
 
         out, pull = jax.vjp(loss, q, k, v)

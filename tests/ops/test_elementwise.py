@@ -20,13 +20,11 @@ def _draw(seed: int, *shapes: tuple[int, ...]) -> list[jax.Array]:
 def test_gelu() -> None:
     x = jnp.linspace(-20.0, 20.0, 4001)
     np.testing.assert_allclose(gelu(x), jax.nn.gelu(x, approximate=True), rtol=1e-5, atol=1e-5)
-    slope = jax.vmap(jax.grad(lambda x: jax.nn.gelu(x, approximate=True)))(x)
-    np.testing.assert_allclose(
-        jax.grad(lambda x: jnp.sum(gelu(x)))(x), slope, rtol=1e-5, atol=1e-5
-    )
-    # bf16 rounds x by 2^-9 of itself; |x f''(x)| of GELU stays below 1.2.
+    slope = jax.grad(lambda x: jnp.sum(jax.nn.gelu(x, approximate=True)))(x)
+    np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(gelu(x)))(x), slope, rtol=1e-5, atol=1e-5)
+    # bf16 rounds x by at most 2^-8 of itself; |x f''(x)| of GELU stays below 0.6.
     low = jax.grad(lambda x: jnp.sum(gelu(x, dtype="bfloat16")))(x)
-    np.testing.assert_allclose(low, slope, rtol=0, atol=1.2 * 2.0**-9 + 1e-5)
+    np.testing.assert_allclose(low, slope, rtol=0, atol=0.6 * 2.0**-8 + 1e-5)
     assert gelu(jnp.ones((), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
@@ -40,12 +38,15 @@ def _naive_rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _check_norm(got, want, args, dy, dtype) -> None:  # type: ignore[no-untyped-def]
-    y, pull = jax.vjp(got, *args)
-    y_want, pull_want = jax.vjp(want, *args)
+    def run(function):  # type: ignore[no-untyped-def]
+        y, pull = jax.vjp(function, *args)
+        return y, pull(dy)
+
+    (y, grads), (y_want, grads_want) = jax.jit(lambda: (run(got), run(want)))()
     np.testing.assert_allclose(y, y_want, rtol=1e-5, atol=1e-5)  # the forward is fp32 throughout
-    for a, b in zip(pull(dy), pull_want(dy), strict=True):
-        # the kept array is off by 2^-9 of itself, and errors of up to 10 rows add up in the scale
-        tolerance = 2.0**-9 * 10 * 3 if dtype == "bfloat16" else 1e-5
+    for a, b in zip(grads, grads_want, strict=True):
+        # the kept array, of size 3 or so, is off by 2^-8 of itself; 10 rows add up in the scale
+        tolerance = 2.0**-8 * 3 * 10 if dtype == "bfloat16" else 1e-5
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=tolerance)
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy: whole = chunked = explicit formula; padding never leaks; logits are never whole."""
+"""Cross-entropy: whole = chunked = explicit formula; padding never leaks; memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _value_and_grads(function, hidden, weights, targets, g):  # type: ignore[no-
     return (*outputs, *pull((g[0], g[1])))
 
 
-@pytest.mark.parametrize("chunk", [0, 1, 7, 8, 20, 39, 40, 64])
+@pytest.mark.parametrize("chunk", [0, 1, 7, 20, 40])
 def test_value_and_gradients(chunk: int) -> None:
     def ours(h: jax.Array, w: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         return cross_entropy(h, Unembedding(w, VOCAB), t, vocab_chunk=chunk, z_loss=Z)
@@ -70,7 +70,7 @@ def test_bf16(chunk: int, z_loss: float) -> None:
             unembedding = Unembedding(w, VOCAB, dtype)
             return cross_entropy(h, unembedding, t, vocab_chunk=chunk, z_loss=z_loss)
 
-        return _value_and_grads(ours, hidden, weights, targets, g)
+        return jax.jit(lambda *args: _value_and_grads(ours, *args))(hidden, weights, targets, g)
 
     # a logit is off by at most 2^-8 of |h| @ |w|, about 16 x 0.8 x 0.2 = 2.6 (4.6 at the most);
     # a gradient by three such roundings of terms of size one

@@ -27,7 +27,10 @@ def start():
 
 def gradient(params):
     """Of the sum of c p^2 / 2, c another for each element."""
-    return {k: v * (1 + np.arange(v.size).reshape(v.shape) % 5) for k, v in params.items()}
+    curvature = {
+        k: 1 + np.arange(v.size, dtype="float32").reshape(v.shape) % 5 for k, v in params.items()
+    }
+    return {k: curvature[k] * v for k, v in params.items()}
 
 
 def run(optimizer, params, grad=gradient, num_steps=3):

@@ -1,0 +1,543 @@
+"""Recorded calls: what is refused when recorded, when overridden, when built; who shares what."""
+
+import ast
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import FieldReference
+
+from lmjax.config import (
+    build,
+    build_and_resolve,
+    call,
+    explain,
+    from_dict,
+    leaves,
+    load_config,
+    override,
+    ref,
+    to_dict,
+)
+from lmjax.engine.loop import Run
+from lmjax.errors import UserError
+from lmjax.optim.presets import adamw
+from lmjax.optim.schedules import cosine
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    width: int = 4
+    rate: float = 0.5
+    name: str = "part"
+    made: list = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    part: Part
+    size: int
+    other: Any = None
+    kind: Literal["big", "small"] = "big"
+    level: Literal[1, 2] = 1
+    fast: bool = False
+    limit: int | None = None
+    rate: float = 1.0
+    label: str | None = None
+    shape: tuple[int, ...] = (2, 3)
+    pair: tuple[int, str] = (1, "a")
+    axes: tuple[str | None, ...] = ()
+    names: Sequence[str] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+    parts: Sequence[Part] = ()
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise UserError(f"size is {self.size}: must be at least 1.")
+        if self.size == 13:
+            raise ZeroDivisionError("a bug")
+        if self.size == 99:
+            raise ValueError("99 is too much")
+
+
+def count(of: Part) -> int:
+    return of.width * 10
+
+
+def whole(**fields):
+    """Sequences too are leaves only where they are given: scalar defaults alone are recorded."""
+    given = {
+        "part": call(Part),
+        "size": 3,
+        "shape": (2, 3),
+        "pair": (1, "a"),
+        "axes": (),
+        "names": (),
+    }
+    return call(Whole, **(given | fields))
+
+
+# Recording
+
+
+def test_call_records_scalar_defaults_and_no_others():
+    assert to_dict(call(Part, width=8)) == {
+        "_call": "tests.test_config:Part",
+        "width": 8,
+        "rate": 0.5,
+        "name": "part",
+    }
+
+
+def test_ref_records_the_function_itself():
+    assert build(ref(count)) is count
+
+
+@pytest.mark.parametrize("name", ["lambda", "local"])
+def test_call_refuses_what_cannot_be_imported_again(name):
+    def local():
+        return 0
+
+    with pytest.raises(UserError, match="module-level names"):
+        call(local if name == "local" else lambda: 0)
+
+
+def test_misspelt_field_raises_when_recorded():
+    with pytest.raises(UserError, match=r"no field 'widht'\. Did you mean 'width'\? Allowed: "):
+        call(Part, widht=8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 3.0}, "size: expected int, got 3.0"),
+        ({"size": True}, "size: expected int, got True"),
+        ({"size": "3"}, "size: expected int, got '3'"),
+        ({"size": FieldReference("3")}, "size: expected int, got '3'"),
+        ({"size": None}, "size: expected int, got None"),
+        ({"fast": 1}, "fast: expected bool, got 1"),
+        ({"rate": "1"}, "rate: expected float, got '1'"),
+        ({"rate": math.nan}, "rate: expected float, got nan"),
+        ({"kind": "bgi"}, "kind: expected one of 'big', 'small', got 'bgi'"),
+        ({"level": True}, "level: expected one of 1, 2, got True"),
+        ({"limit": 1.5}, "limit: expected int or None, got 1.5"),
+        ({"shape": 3}, "shape: expected tuple"),
+        ({"shape": (3, 0.5)}, "shape: expected tuple"),
+        ({"shape": {"a": 1}}, "shape: expected tuple"),
+        ({"pair": ("a", 1)}, "pair: expected tuple"),
+        ({"pair": (1, "a", "b")}, "pair: expected tuple"),
+        ({"names": "ab"}, "names: expected .*Sequence"),
+        ({"part": 5}, "part: expected Part, got 5"),
+        ({"part": "x"}, "part: expected Part, got 'x'"),
+        ({"other": object}, "other: a config cannot hold .*; record it by call\\(\\) or ref\\(\\)"),
+    ],
+)
+def test_wrong_type_raises_when_recorded(fields, message):
+    with pytest.raises(UserError, match=message):
+        whole(**fields)
+
+
+def test_right_types_are_recorded():
+    fields = {
+        "rate": 2,
+        "limit": 5,
+        "label": "x",
+        "shape": [1],
+        "axes": ("embed", None),
+        "names": ["a"],
+        "level": 2,
+        "size": FieldReference(7),
+    }
+    built = build(whole(**fields))
+    assert (built.rate, built.limit, built.label, built.size) == (2, 5, "x", 7)
+    assert (built.shape, built.axes, built.names) == ((1,), ("embed", None), ("a",))
+
+
+# Overriding
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("size", "1e6", 1_000_000),
+        ("size", "1_000", 1000),
+        ("size", "9_007_199_254_740_993", 2**53 + 1),
+        ("limit", "-2", -2),
+        ("rate", "3e-4", 3e-4),
+        ("rate", "2", 2.0),
+        ("fast", "true", True),
+        ("fast", "False", False),
+        ("fast", "1", True),
+        ("fast", "no", False),
+        ("limit", "none", None),
+        ("limit", "7", 7),
+        ("label", "None", None),
+        ("label", "5", "5"),
+        ("kind", "small", "small"),
+        ("level", "2", 2),
+        ("shape", "(4, 5)", (4, 5)),
+        ("shape", "4,5", (4, 5)),
+        ("shape", "[4]", (4,)),
+        ("shape", "4", (4,)),
+        ("pair", "2,'b'", (2, "b")),
+        ("axes", "('embed', None)", ("embed", None)),
+        ("axes", "embed,none", ("embed", None)),
+        ("names", "a,b", ("a", "b")),
+        ("names", "1,2", ("1", "2")),
+        ("part.rate", "1", 1.0),
+        ("part.name", "1", "1"),
+    ],
+)
+def test_flag_is_read_by_the_type_of_its_field(name, text, value):
+    config = whole(label="l", axes=())
+    override(config, name, text)
+    built = build(config)
+    for key in name.split("."):
+        built = getattr(built, key)
+    assert built == value
+    assert type(built) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("size", "1.5", "config.size: expected int, got '1.5'"),
+        ("size", "three", "config.size: expected int, got 'three'"),
+        ("size", 1.5, "config.size: expected int, got 1.5"),
+        ("rate", "nan", "config.rate: expected float, got nan"),
+        ("rate", "fast", "config.rate: expected float, got 'fast'"),
+        ("fast", "maybe", "config.fast: expected bool, got 'maybe'"),
+        ("limit", "x", "config.limit: expected int or None, got 'x'"),
+        ("kind", "bgi", "config.kind: expected one of 'big', 'small', got 'bgi'"),
+        ("shape", "1,x", "config.shape: expected int, got 'x'"),
+        ("shape", "{[]: 1}", "config.shape: expected int"),
+        ("pair", "1", "config.pair: expected tuple"),
+        ("part.width", "x", "config.part.width: expected int, got 'x'"),
+        ("szie", "1", "config has no field 'szie'. Did you mean 'size'"),
+        ("part.widht", "1", "config.part has no field 'widht'. Did you mean 'width'"),
+        ("size.x", "1", "config.size is the value 3; it has no field 'x'"),
+        ("_call", "x", "config has no field '_call'"),
+        ("", "1", "config has no field ''"),
+        (
+            "part",
+            "1",
+            "config.part is not a single value; set one of its fields: name, rate, width",
+        ),
+        ("weights", "1", "config.weights is not a single value; set one of its fields: a, b"),
+        ("weights.c", "1", "config.weights has no field 'c'. Allowed: a, b."),
+        ("weights.a", "x", "config.weights.a: expected int or float, got 'x'"),
+        ("shape.2", "1", "config.shape has no field '2'. Allowed: 0, 1."),
+        ("parts.1.width", "1", "config.parts has no field '1'"),
+    ],
+)
+def test_bad_override_is_refused(name, value, message):
+    config = whole(weights={"a": 1, "b": 2}, parts=[call(Part)], shape=(2, 3))
+    before = to_dict(config)
+    with pytest.raises(UserError, match=message):
+        override(config, name, value)
+    assert to_dict(config) == before
+
+
+def test_override_reaches_members_of_sequences_and_mappings():
+    config = whole(
+        weights={"a": 1, "b": 2}, parts=[call(Part), call(Part)], shape=(2, 3), axes=("x", None)
+    )
+    for name, text in {
+        "weights.a": "0.5",
+        "parts.1.width": "9",
+        "shape.0": "7",
+        "axes.1": "y",
+    }.items():
+        override(config, name, text)
+    built = build(config)
+    assert built.weights == {"a": 0.5, "b": 2}
+    assert [p.width for p in built.parts] == [4, 9]
+    assert (built.shape, built.axes) == ((7, 3), ("x", "y"))
+
+
+def test_shared_node_is_built_once_and_overridden_everywhere():
+    part = call(Part)
+    config = whole(part=part, parts=[part], other={"inner": {"part": part}})
+    override(config, "part.width", "6")
+    built = build(config)
+    assert built.part is built.parts[0] is built.other["inner"]["part"]
+    assert built.part.width == 6
+
+
+def test_equal_nodes_that_are_not_shared_stay_apart():
+    built = build(whole(parts=[call(Part), call(Part)]))
+    assert built.parts[0] == built.parts[1]
+    assert built.parts[0] is not built.parts[1]
+
+
+@pytest.mark.parametrize("name", ["size", "part.width", "other.width"])
+def test_field_reference_is_shared_by_its_leaves(name):
+    size = FieldReference(5)
+    config = whole(size=size, part=call(Part, width=size), other={"width": size})
+    override(config, name, "8")
+    built = build(config)
+    assert (built.size, built.part.width, built.other["width"]) == (8, 8, 8)
+
+
+# Properties: whatever is typed, a field gets a value of its type or the person a UserError.
+
+ANNOTATIONS = {
+    "size": lambda v: type(v) is int,
+    "fast": lambda v: type(v) is bool,
+    "rate": lambda v: type(v) is float and not math.isnan(v),
+    "limit": lambda v: v is None or type(v) is int,
+    "label": lambda v: v is None or type(v) is str,
+    "kind": lambda v: v in ("big", "small"),
+    "level": lambda v: type(v) is int and v in (1, 2),
+    "shape": lambda v: type(v) is tuple and all(type(i) is int for i in v),
+    "pair": lambda v: type(v) is tuple and [type(i) for i in v] == [int, str],
+    "axes": lambda v: type(v) is tuple and all(i is None or type(i) is str for i in v),
+    "names": lambda v: type(v) is tuple and all(type(i) is str for i in v),
+    "other": lambda v: isinstance(v, bool | int | float | str | tuple | list | None),
+}
+FRAGMENTS = st.sampled_from([*"0123456789-+._,:()[]{}'\"\\ eEjx\0", "1e6", "None", "nan", "inf"])
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    text=st.text()
+    | st.lists(FRAGMENTS).map("".join)
+    | st.integers().map(str)
+    | st.floats().map(str)
+    | st.recursive(st.integers() | st.none() | st.text(), st.lists).map(repr)
+)
+@pytest.mark.parametrize("name", ANNOTATIONS)
+def test_any_text_gives_the_annotated_type_or_a_user_error(name, text):
+    config = whole()
+    try:
+        override(config, name, text)
+    except UserError as error:
+        assert str(error).startswith(f"config.{name}: expected ")
+    else:
+        assert ANNOTATIONS[name](config[name])
+
+
+@pytest.mark.parametrize("text", ["0" * 5000, "9" * 5000, "(" * 5000, "[" * 50_000, "-" * 9000])
+@pytest.mark.parametrize("name", ["size", "shape", "other"])
+def test_monstrous_text_gives_no_other_exception(name, text):
+    config = whole()
+    try:
+        override(config, name, text)
+    except UserError:
+        return
+    assert ANNOTATIONS[name](config[name])
+
+
+@given(st.integers(-(10**30), 10**30))
+def test_integers_are_read_exactly(number):
+    config = whole()
+    for text in (str(number), f"{number:_}"):
+        override(config, "size", text)
+        assert config.size == number
+
+
+# Building
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: whole(size=0), "^config: size is 0: must be at least 1"),
+        (lambda: whole(size=99), "^config: tests.test_config:Whole refused its values: 99 is too"),
+        (lambda: whole(other={"x": whole(size=0)}), "^config.other.x: size is 0"),
+        (lambda: whole(parts=[call(Part), whole(size=0)]), "^config.parts.1: size is 0"),
+        (lambda: call(Whole, size=3), "^config needs the field 'part' of tests.test_config:Whole"),
+        (lambda: whole(size=call(Part)), "^config.size: expected int, got Part"),
+        (
+            lambda: whole(part=from_dict({"_call": "tests.test_config:Prat"})),
+            "^config.part: cannot import 'tests.test_config:Prat'",
+        ),
+        (
+            lambda: whole(part=from_dict({"_call": "tests.test_config:Part", "widht": 3})),
+            "^config.part has no field 'widht'. Did you mean 'width'",
+        ),
+    ],
+)
+def test_build_error_carries_the_path(config, message):
+    with pytest.raises(UserError, match=message):
+        build(config())
+
+
+def test_a_bug_in_a_target_is_not_dressed_up_as_the_users_mistake():
+    with pytest.raises(ZeroDivisionError):
+        build(whole(size=13))
+
+
+@pytest.fixture
+def char(tmp_path):
+    """configs/char.py:smoke on a small file."""
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 100)
+    return lambda **flags: load_config(
+        str(ROOT / "configs" / "char.py:smoke"), {"data.path": str(path)} | flags
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"keep_every": "750"}, "config: keep_every 750 is no multiple of save_every 500"),
+        ({"microbatches": "3"}, "config: batch_size 16 is no multiple of microbatches 3"),
+        ({"steps": "2"}, "config.optimizer.learning_rate: warmup_steps 2 is not below steps 2"),
+        ({"steps": "0"}, "warmup_steps 2 is not below steps 0"),
+        ({"seed": "-1"}, "config: seed is -1"),
+        ({"trainable": "("}, "config: trainable is no regular expression"),
+        ({"optimizer.decay": "("}, "config.optimizer: decay is '\\(', which is no regular expr"),
+        ({"optimizer.b2": "1"}, "config.optimizer: b2 is 1.0: must be at least 0 and below 1"),
+        ({"layout.fsdp": "0"}, "config.layout: fsdp is 0"),
+        ({"layout.fsdp": "-1"}, "config.layout: data and fsdp are -1"),
+        ({"task.model.max_length": "32", "data.length": "64"}, None),
+        ({"data.length": "0"}, "config.data: length is 0"),
+        ({"task.model.num_heads": "5"}, "config.task.model: dim 32 is no multiple of num_heads 5"),
+    ],
+)
+def test_contradictory_fields_fail_in_build(char, flags, message):
+    if message is None:  # one FieldReference: the later flag holds for both
+        assert build(char(**flags)).task.model.max_length == 64
+        return
+    with pytest.raises(UserError, match=message):
+        build(char(**flags))
+
+
+def test_build_and_resolve_replaces_calls_that_gave_a_scalar():
+    part = call(Part, width=3)
+    config = whole(size=call(count, of=part), part=part)
+    built, tree = build_and_resolve(config)
+    assert built.size == tree["size"] == 30
+    assert tree["part"]["_call"] == "tests.test_config:Part"
+    assert build(from_dict(tree)) == built
+
+
+def test_to_dict_and_back_builds_equal_things_and_keeps_sharing(char):
+    tree = to_dict(char())
+    run = build(from_dict(tree))
+    assert to_dict(from_dict(tree)) == tree
+    assert isinstance(run, Run)
+    assert (run.task, run.data, run.evals, run.layout) == tuple(
+        getattr(build(char()), name) for name in ("task", "data", "evals", "layout")
+    )
+    part = call(Part)
+    built = build(from_dict(to_dict(whole(part=part, parts=[part]))))
+    assert built.part is built.parts[0]
+
+
+# Files
+
+
+def write(path: Path, body: str) -> str:
+    path.write_text(
+        "from lmjax.config import call\nfrom ml_collections import FieldReference\n"
+        "from tests.test_config import Part, Whole\n" + body
+    )
+    return str(path)
+
+
+CONFIG = """
+VARIANTS = {"tiny": {"part.width": 1, "rate": "0.25"}, "bad": {"part.widht": 1}}
+def get_config():
+    size = FieldReference(5)
+    part = call(Part, rate=0.5)
+    return call(Whole, part=part, size=size, other=part, weights={"a": size}, shape=(1, 2))
+"""
+
+
+def test_variant_then_flags_override_the_file(tmp_path):
+    path = write(tmp_path / "c.py", CONFIG)
+    built = build(load_config(f"{path}:tiny", {"rate": "4", "size": 6}))
+    assert (built.part.width, built.rate, built.size) == (1, 4.0, 6)
+    assert build(load_config(path)).part.width == 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("c.py:tinny", "c.py has no variant 'tinny'. Did you mean 'tiny'\\? Allowed: bad, tiny."),
+        ("c.py:bad", "config.part has no field 'widht'. Did you mean 'width'"),
+        ("d.py:tiny", "no config file '.*d.py'. Did you mean '.*c.py'"),
+        ("nowhere/c.py", "no config file '.*nowhere/c.py'. Allowed: none."),
+        ("empty.py", "empty.py defines no get_config\\(\\)"),
+        ("none.py", "none.py: get_config\\(\\) must return call\\(...\\), and returned None"),
+    ],
+)
+def test_bad_file_or_variant(tmp_path, spec, message):
+    write(tmp_path / "c.py", CONFIG)
+    write(tmp_path / "empty.py", "")
+    write(tmp_path / "none.py", "def get_config(): pass")
+    with pytest.raises(UserError, match=message):
+        load_config(str(tmp_path / spec))
+
+
+def test_explain_says_default_file_or_flag(tmp_path):
+    """A flag's value stands wherever its node, FieldReference or sequence does."""
+    path = write(tmp_path / "c.py", CONFIG)
+    flags = {"size": "6", "shape": "1,3", "part.name": "p", "fast": "false"}
+    rows = explain(load_config(f"{path}:tiny", flags))
+    found = {field: (value, source) for field, value, source in rows}
+    assert found == {
+        "config": ("tests.test_config:Whole", "file"),
+        "part": ("tests.test_config:Part", "file"),
+        "part.width": (1, "file"),
+        "part.rate": (0.5, "file"),
+        "part.name": ("p", "flag"),
+        "other": ("tests.test_config:Part", "file"),
+        "other.width": (1, "file"),
+        "other.rate": (0.5, "file"),
+        "other.name": ("p", "flag"),
+        "size": (6, "flag"),
+        "weights.a": (6, "flag"),
+        "kind": ("big", "default"),
+        "level": (1, "default"),
+        "fast": (False, "flag"),
+        "limit": (None, "default"),
+        "rate": (0.25, "file"),
+        "label": (None, "default"),
+        "shape.0": (1, "flag"),
+        "shape.1": (3, "flag"),
+    }
+
+
+def test_leaves_of_empty_containers():
+    assert dict(leaves({"a": {}, "b": [], "c": [1]})) == {"a": {}, "b": [], "c.0": 1}
+
+
+def test_load_and_build_touch_no_device(tmp_path):
+    """With a platform that does not exist, whatever asks jax for a device raises."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    script = f"""
+import jax
+from lmjax.config import build, load_config
+for name in ("gpt2", "char", "shakespeare"):
+    build(load_config(f"configs/{{name}}.py:smoke", {{"data.path": {str(text)!r}}}))
+try:
+    jax.devices()
+except RuntimeError:
+    print("no device")
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "nonexistent"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "no device\n"), done.stderr
+
+
+def test_decay_and_schedule_are_recorded_by_name():
+    tree = to_dict(call(adamw, learning_rate=call(cosine, peak=1e-3, steps=10)))
+    assert tree["_call"] == "lmjax.optim.presets:adamw"
+    assert tree["learning_rate"]["_call"] == "lmjax.optim.schedules:cosine"
+    assert ast.literal_eval(repr(tree)) == tree  # plain
