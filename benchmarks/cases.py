@@ -18,7 +18,9 @@ class Case:
     length: int
     batch_size: int
     dtype: str
-    bar: float  # the least ratio of tokens per second, ours to theirs, that is asked for; 0 for none
+    bar: (
+        float  # the least ratio of tokens per second, ours to theirs, that is asked for; 0 for none
+    )
     steps: int  # in one turn
     remat: str = "none"
 
@@ -49,7 +51,14 @@ CPU = [
 GPU = [
     Case(name="124m-1024", **GPT2, length=1024, batch_size=32, dtype="bfloat16", bar=0, steps=20),
     Case(
-        name="1b-1024", **ONE_B, length=1024, batch_size=8, dtype="bfloat16", bar=0, steps=10, remat="dots"
+        name="1b-1024",
+        **ONE_B,
+        length=1024,
+        batch_size=8,
+        dtype="bfloat16",
+        bar=0,
+        steps=10,
+        remat="dots",
     ),
-]  # fmt: skip
+]
 CASES = {case.name: case for case in CPU + GPU}

@@ -1,8 +1,9 @@
-"""`python -m benchmarks.train_step [--cases=char-bf16,...] [--rounds=5]`: our training step against torch's.
+"""`python -m benchmarks.train_step [--cases=char-bf16,...] [--rounds=5]`: our step against torch's.
 
-Each side is a process of its own; they take turns, so that what else the machine does falls on both.
-Prints medians over the rounds. Torch has an environment of its own, made in build/ at the first use;
-on a machine with a GPU, or with --torch=PYTHON, that Python's torch and transformers are used instead.
+Each side is a process of its own; they take turns, so that what else the machine does falls on
+both. Prints medians over the rounds. Torch has an environment of its own, made in build/ at the
+first use; on a machine with a GPU, or with --torch=PYTHON, that Python's torch and transformers
+are used instead.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def torch_python(given: str) -> str:
     python = ENVIRONMENT / "bin" / "python"
     done = ENVIRONMENT / "done"
     if not done.exists():
-        print(f"making {ENVIRONMENT.relative_to(ROOT)} with {' '.join(REQUIREMENTS)} ...", flush=True)
+        print(
+            f"making {ENVIRONMENT.relative_to(ROOT)} with {' '.join(REQUIREMENTS)} ...", flush=True
+        )
         subprocess.run([sys.executable, "-m", "venv", "--clear", ENVIRONMENT], check=True)
         for requirement in REQUIREMENTS:  # torch first, or transformers draws another build of it
             subprocess.run([python, "-m", "pip", "install", "--quiet", requirement], check=True)
@@ -94,7 +97,9 @@ def compare(case: Case, *, rounds: int, torch: str, modes: list[str]) -> dict[st
     workers = [Worker("lmjax", sys.executable, "benchmarks.worker_lmjax", case.name)]
     for mode in modes:
         try:
-            workers.append(Worker(f"torch {mode}", torch, "benchmarks.worker_torch", case.name, mode))
+            workers.append(
+                Worker(f"torch {mode}", torch, "benchmarks.worker_torch", case.name, mode)
+            )
         except RuntimeError as error:
             print(f"{case.name}: {error}", file=sys.stderr)
     try:
@@ -147,20 +152,26 @@ def show(result: dict[str, Any]) -> None:
             per_token = side["tokens_per_s"] / side["peak_flop_per_s"]
             units = CASES[result["case"]].batch_size * CASES[result["case"]].length
             print(
-                f"  {'':15} {side['device']}: MFU {side['flop_causal'] / units * per_token:.1%} causal, "
+                f"  {'':15} {side['device']}: "
+                f"MFU {side['flop_causal'] / units * per_token:.1%} causal, "
                 f"{side['flop_full'] / units * per_token:.1%} full"
             )
     if "against" in result:
         for what, name in (("wall_s", "tokens/s"), ("cpu_s", "tokens per cpu-second")):
             low, middle, high = result[f"ratio_{what}"]
-            print(f"  ratio of {name} to {result['against']}: {middle:.2f} ({low:.2f} to {high:.2f})", end="")
+            print(
+                f"  ratio of {name} to {result['against']}: {middle:.2f} ({low:.2f} to {high:.2f})",
+                end="",
+            )
             bar = result["bar"] if what == "wall_s" else 0
             print(f", bar {bar}: {'met' if middle >= bar else 'MISSED'}" if bar else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", default="", help=f"of {', '.join(CASES)}; those of the device by default")
+    parser.add_argument(
+        "--cases", default="", help=f"of {', '.join(CASES)}; those of the device by default"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--torch", default="", help="the Python that holds torch and transformers")
     parser.add_argument("--modes", default="eager,compiled", help="of torch; empty for ours alone")

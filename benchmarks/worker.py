@@ -1,4 +1,4 @@
-"""What the two sides of a benchmark share: a process that runs steps when told to, and says what it took.
+"""What both sides of a benchmark share: a process that runs steps when told to, and times them.
 
 Reads `run N` lines from its input; answers each with one line of JSON.
 """

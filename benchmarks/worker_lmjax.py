@@ -14,13 +14,14 @@ def main(name: str) -> None:
     import numpy as np
 
     from lmjax.engine.program import compile_program
-    from lmjax.hardware import chip
+    from lmjax.hardware import chip, keep_freed_memory
     from lmjax.models.gpt import gpt
     from lmjax.optim.presets import adamw
     from lmjax.optim.schedules import constant
     from lmjax.sharding import Layout
     from lmjax.tasks.causal_lm import CausalLM
 
+    keep_freed_memory()  # as the launcher does
     case: Case = CASES[name]
     model = gpt(
         num_layers=case.num_layers,
@@ -50,7 +51,11 @@ def main(name: str) -> None:
     )
     random = np.random.default_rng(0)
     rows = random.integers(0, case.vocab_size, (case.batch_size, case.length + 1), np.int32)
-    batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "weights": np.ones(rows[:, 1:].shape, "f4")}
+    batch = {
+        "tokens": rows[:, :-1],
+        "targets": rows[:, 1:],
+        "weights": np.ones(rows[:, 1:].shape, "f4"),
+    }
     state = program.init()
     compile_s = time.perf_counter() - began
 

@@ -1,4 +1,4 @@
-"""Their side: GPT-2 of Hugging Face transformers in torch, eager or compiled. Imports nothing of lmjax."""
+"""Their side: Hugging Face's GPT-2 in torch, eager or compiled. Imports nothing of lmjax."""
 
 from __future__ import annotations
 

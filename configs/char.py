@@ -1,6 +1,6 @@
 """A small character-level GPT on any text file, at nanoGPT's CPU recipe.
 
-Command:   python -m lmjax.train --config=configs/char.py --workdir=runs/char --config.data.path=FILE
+Command: python -m lmjax.train --config=configs/char.py --workdir=runs/char --config.data.path=FILE
 """
 
 from ml_collections import FieldReference

@@ -1,6 +1,6 @@
 """GPT-2 on any text, tokenised by GPT-2's own byte-pair encoding or one trained on that text.
 
-Command:   python -m lmjax.train --config=configs/gpt2.py:124m --workdir=runs/gpt2
+Command: python -m lmjax.train --config=configs/gpt2.py:124m --workdir=runs/gpt2
 """
 
 from ml_collections import FieldReference

@@ -1,6 +1,6 @@
 """A character-level GPT on 38 plays of Shakespeare.
 
-Command:   python -m lmjax.train --config=configs/shakespeare.py --workdir=runs/shakespeare
+Command: python -m lmjax.train --config=configs/shakespeare.py --workdir=runs/shakespeare
 """
 
 from ml_collections import FieldReference

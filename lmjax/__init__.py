@@ -26,7 +26,7 @@ __all__ = ["UserError", "build", "call", "compile", "load", "load_config", "ref"
 
 
 def compile(config: ConfigDict) -> Program:
-    """Compiles the program of a config: `init`, `train_step`, `eval_step` and `put`, for one's own loop."""
+    """Compiles a config's `init`, `train_step`, `eval_step` and `put`, for one's own loop."""
     from lmjax.engine.loop import compile_run
 
     return compile_run(build(config))

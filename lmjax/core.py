@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-Batch = Mapping[str, Any]  # name -> array whose first axis is the batch; numpy on the host, jax on a device
-Variables = Mapping[str, Any]  # linen collections: "params" and, where a model has any, mutable state
+# Name -> array whose first axis is the batch; numpy on the host, jax on a device.
+Batch = Mapping[str, Any]
+# Linen collections: "params" and, where a model has any, mutable state.
+Variables = Mapping[str, Any]
 Spec = Mapping[str, jax.ShapeDtypeStruct]  # one example, without the batch axis
 
 
@@ -73,10 +75,10 @@ class Work:
 
 @runtime_checkable
 class Task(Protocol):
-    """An objective over one or more networks: pure, and ignorant of meshes, optimizers and files."""
+    """An objective over one or more networks: pure, ignorant of meshes, optimizers and files."""
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
-        """Makes the variables, each parameter boxed with the names of its axes (`sharding.param`)."""
+        """Makes the variables, each parameter boxed with its axes' names (`sharding.param`)."""
         ...
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array, *, train: bool) -> Output:
@@ -84,7 +86,7 @@ class Task(Protocol):
         ...
 
     def check(self, data: Dataset) -> None:
-        """Raises UserError where this task cannot read that data; called before any device is used."""
+        """Raises UserError where it cannot read that data; called before any device is used."""
         ...
 
     def work(self, example: Spec) -> Work:
@@ -100,7 +102,8 @@ class Task(Protocol):
 class Unembedding:
     """The map from hidden states to logits, kept apart from them so that a loss can go in chunks.
 
-    Shapes: weights_VD. Rows from `vocab_size` on are padding: their logits are -inf to every reader.
+    Shapes: weights_VD. Rows from `vocab_size` on are padding: their logits are -inf to every
+    reader.
     """
 
     weights_VD: jax.Array
@@ -110,7 +113,7 @@ class Unembedding:
 
 @struct.dataclass
 class DecoderOutput:
-    """What a decoder returns: hidden_BTD, the unembedding that makes logits of it, and the cache."""
+    """What a decoder returns: hidden_BTD, the unembedding that makes logits of it, the cache."""
 
     hidden_BTD: jax.Array
     unembedding: Unembedding
@@ -120,8 +123,9 @@ class DecoderOutput:
 class Decoder(Protocol):
     """Any autoregressive language model as a linen module: GPT, Llama, LSTM (cache = carry), ...
 
-    `positions_BT` count from a document's start, `segments_BT` tell documents of a row apart: a token
-    sees earlier tokens of its own segment only. With a cache, tokens are appended to what it holds.
+    `positions_BT` count from a document's start, `segments_BT` tell documents of a row apart: a
+    token sees earlier tokens of its own segment only. With a cache, tokens are appended to what it
+    holds.
     """
 
     @property
@@ -134,6 +138,14 @@ class Decoder(Protocol):
         """How many token ids the model knows; padding is not counted."""
         ...
 
+    def init(self, rng: jax.Array, tokens_BT: jax.Array) -> Variables:
+        """Makes the variables (linen's own method)."""
+        ...
+
+    def apply(self, variables: Variables, tokens_BT: jax.Array, **arguments: Any) -> DecoderOutput:
+        """Calls the module with these variables (linen's own method)."""
+        ...
+
     def __call__(
         self,
         tokens_BT: jax.Array,
@@ -142,10 +154,16 @@ class Decoder(Protocol):
         segments_BT: jax.Array | None = None,
         cache: Any = None,
         train: bool = False,
-    ) -> DecoderOutput: ...
+    ) -> DecoderOutput:
+        """Hidden states, the unembedding, and the cache with these tokens appended."""
+        ...
 
     def init_cache(self, batch_size: int, length: int) -> Any:
         """An empty cache for `length` tokens: a tree that `__call__` takes and returns."""
+        ...
+
+    def count_params(self, params: Any) -> Mapping[str, int]:
+        """Parameters by part, as papers count them: rows that pad the vocabulary are left out."""
         ...
 
     def flop_per_token(self, length: int) -> tuple[float, float]:
@@ -157,13 +175,17 @@ class Tokenizer(Protocol):
     """Text to token ids and back, the same for every vocabulary."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """How many ids there are."""
+        ...
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text; raises UserError for what the vocabulary cannot spell."""
         ...
 
-    def decode(self, ids: Any) -> str: ...
+    def decode(self, ids: Any) -> str:
+        """The text of any sequence of ids; bytes that are no UTF-8 become U+FFFD."""
+        ...
 
     def to_json(self) -> str:
         """All that is needed to make it again; saved with every checkpoint."""
@@ -182,6 +204,10 @@ class Dataset(Protocol):
         """Shapes and dtypes of one example; needs no data."""
         ...
 
+    def check(self) -> None:
+        """Opens the data; raises UserError where it is missing, malformed or too short."""
+        ...
+
     @property
     def tokenizer(self) -> Tokenizer:
         """What made the tokens; may have to be trained on the data first."""
@@ -194,7 +220,9 @@ class Dataset(Protocol):
 
     def batches(
         self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
-    ) -> Iterator[Batch]: ...
+    ) -> Iterator[Batch]:
+        """The endless sequence of batches from `start` on."""
+        ...
 
     def epoch_batches(
         self, *, batch_size: int, shard: int = 0, num_shards: int = 1
@@ -208,9 +236,15 @@ class Dataset(Protocol):
 
 
 class Evaluator(Protocol):
-    """Something measured now and then on the current parameters; numbers are metrics, strings samples."""
+    """Measures the current parameters now and then; numbers are metrics, strings samples."""
 
-    def __call__(self, session: Session) -> Mapping[str, float | str]: ...
+    def check(self, task: Task, data: Dataset) -> None:
+        """Raises UserError where it cannot run on this task, trained on that data."""
+        ...
+
+    def __call__(self, session: Session) -> Mapping[str, float | str]:
+        """Evaluates; may use the devices."""
+        ...
 
 
 class Session(Protocol):

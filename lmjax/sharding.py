@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax import struct
 from flax.core import meta
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmjax.errors import UserError, did_you_mean
 
@@ -224,7 +224,7 @@ def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",), rules))
 
 
-def batch_ways(mesh: Mesh, rules: Rules = RULES) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> int:
     """Into how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in rules["batch"])
 

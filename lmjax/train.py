@@ -19,6 +19,7 @@ from absl import logging as absl_logging
 
 from lmjax.config import build_and_resolve, explain, load_config
 from lmjax.errors import UserError
+from lmjax.hardware import keep_freed_memory
 
 CONFIG = flags.DEFINE_string(
     "config", None, "FILE.py[:VARIANT]; --config.a.b=VALUE overrides one of its fields"
@@ -81,6 +82,8 @@ def main(argv: list[str]) -> None:
         _fail(error, 3)
     except UserError as error:
         _fail(error, 2)
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
+        _fail(RuntimeError("stopped at once; what was saved before is untouched."), 130)
     except Interrupted as stop:
         print(f"{stop}. To continue: {sys.executable} -m lmjax.train {shlex.join(sys.argv[1:])}")
         sys.exit(stop.exit_code)
@@ -90,6 +93,7 @@ def _prepare_jax() -> None:
     """Settings that must stand before jax meets a device."""
     import jax
 
+    keep_freed_memory()
     if DEVICES.value:
         jax.config.update("jax_num_cpu_devices", DEVICES.value)
     cache = Path(os.environ.get("LMJAX_CACHE", "~/.cache/lmjax")).expanduser() / "xla"

@@ -1,4 +1,4 @@
-"""What every config must pass, found by discovery: a new family gets these checks by being there."""
+"""What every config must pass, found by discovery: a new family is checked by being there."""
 
 import dataclasses
 import itertools
@@ -53,8 +53,8 @@ def test_golden(smoke):
     text = json.dumps(tree, indent=1) + "\n"
     golden = GOLDEN / f"{name}.json"
     assert golden.exists() and golden.read_text() == text, (
-        f"configs/{name}.py changed. If that is meant, write the new golden file and say in the commit "
-        "why: python -m tests.golden"
+        f"configs/{name}.py changed. If that is meant, write the new golden file and say in the "
+        "commit why: python -m tests.golden"
     )
 
 
@@ -118,7 +118,10 @@ def test_resumed_equals_uninterrupted(smoke, tmp_path):
     resumed = train(run, tmp_path / "torn", **options)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     rows = [
-        [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(tmp_path / d / "metrics.jsonl")]
+        [
+            (row["step"], row["loss"], row["grad_norm"])
+            for row in read_metrics(tmp_path / d / "metrics.jsonl")
+        ]
         for d in ("whole", "torn")
     ]
     assert rows[0] == rows[1]

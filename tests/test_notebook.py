@@ -18,5 +18,7 @@ def test_example_runs():
     )
     assert "Did you mean 'weight_decay'?" in said
     assert any(
-        "image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])
+        "image/png" in output.get("data", {})
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,8 +29,18 @@ class Source(Protocol):
         """What its text is read with."""
         ...
 
+    def check(self) -> None:
+        """Opens it; raises UserError where it cannot give an example."""
+        ...
+
     def examples(self, *, seed: int) -> grain.MapDataset[Any]:
         """Endless random access to the source's examples."""
+        ...
+
+    def epoch_batches(
+        self, *, batch_size: int, shard: int = 0, num_shards: int = 1
+    ) -> Iterator[Batch]:
+        """Every example once, in order."""
         ...
 
     def epochs(self, num_examples: int) -> Mapping[str, float]:
@@ -102,6 +112,12 @@ class Mixture:
         """How many token ids there are."""
         return self.tokenizer.vocab_size
 
+    def check(self) -> None:
+        """Opens every source; raises UserError where one cannot give an example."""
+        assert self.tokenizer is not None  # raises unless it is one and the same
+        for source in self.sources.values():
+            source.check()
+
     def epochs(self, num_examples: int) -> Mapping[str, float]:
         """How often each source has been gone through, by its name here."""
         whole = sum(self.weights.values())
@@ -132,6 +148,15 @@ class Mixture:
             start=start,
             workers=self.workers,
         )
+
+    def epoch_batches(
+        self, *, batch_size: int, shard: int = 0, num_shards: int = 1
+    ) -> Iterator[Batch]:
+        """Every example of every source once, one source after another, whatever the weights."""
+        for source in self.sources.values():
+            yield from source.epoch_batches(
+                batch_size=batch_size, shard=shard, num_shards=num_shards
+            )
 
 
 def _seed_for(seed: int, name: str) -> int:

@@ -94,6 +94,10 @@ class Text:
         floats = ("weights", "target_bytes")
         return spec | {name: jax.ShapeDtypeStruct((self.length,), np.float32) for name in floats}
 
+    def check(self) -> None:
+        """Opens the corpus; raises UserError where it cannot give one example."""
+        _ = self._windows
+
     @property
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer, learned at first use and shared by both splits."""

@@ -1,1 +1,1 @@
-"""The trainer: compiles one step, runs it, saves, resumes and reports. Knows no model, task or data set."""
+"""The trainer: compiles a step, runs it, saves, resumes, reports. Knows no model, task or data."""

@@ -22,6 +22,8 @@ from lmjax.errors import UserError
 
 log = logging.getLogger("lmjax")
 
+UNREADABLE = ".unreadable"  # ends the name of a checkpoint that was set aside
+
 
 class Checkpoints:
     """The checkpoints under `directory`, by step.
@@ -75,14 +77,19 @@ class Checkpoints:
 
     def about(self, step: int) -> Mapping[str, Any]:
         """The JSON part of a checkpoint."""
-        restored = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
+        )
         return restored["about"]
 
-    def restore(self, abstract_state: TrainState) -> tuple[int, TrainState, Mapping[str, Any]] | None:
-        """Reads the newest checkpoint that is whole: (step, state, about); None where there is none.
+    def restore(
+        self, abstract_state: TrainState
+    ) -> tuple[int, TrainState, Mapping[str, Any]] | None:
+        """Reads the newest whole checkpoint: (step, state, about); None where there is none.
 
-        A checkpoint that cannot be read is set aside (renamed `STEP.unreadable`) with a warning, and
-        the one before it is tried. Raises UserError when there are checkpoints and none can be read.
+        A checkpoint that cannot be read is set aside (renamed `STEP.unreadable`) with a warning,
+        and the one before it is tried. Raises UserError when there are checkpoints and none can be
+        read.
         """
         reasons = []
         for step in reversed(self.steps()):
@@ -101,23 +108,25 @@ class Checkpoints:
                     _first_line(error),
                 )
                 self._set_aside(step)
-        if reasons:
+        if aside := [path.name for path in self.directory.glob(f"*{UNREADABLE}")]:
+            why = f" ({'; '.join(reasons)})" if reasons else ""
             raise UserError(
-                f"no checkpoint in {self.directory} can be read ({'; '.join(reasons)}). Start again with "
-                "another --workdir."
+                f"no checkpoint in {self.directory} can be read: {', '.join(sorted(aside))}{why}. "
+                "Start again with another --workdir."
             )
         return None
 
     def restore_variables(self, step: int | None = None) -> tuple[int, dict[str, Any]]:
         """Reads what inference needs, as host arrays: (step, variables).
 
-        Of the parameters that were averaged in training, the average is read. Raises UserError where
-        there is no such checkpoint.
+        Of the parameters that were averaged in training, the average is read. Raises UserError
+        where there is no such checkpoint.
         """
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             raise UserError(
-                f"{self.directory} has no checkpoint" + (f" of step {step}" if step else "")
+                f"{self.directory} has no checkpoint"
+                + (f" of step {step}" if step else "")
                 + f"; there are: {', '.join(map(str, steps)) or 'none'}."
             )
         step = steps[-1] if step is None else step
@@ -129,7 +138,9 @@ class Checkpoints:
             wanted["opt_state"] = _nest(stored["opt_state"], path)
         abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted)
         state = self._read(step, abstract, whole=False)
-        params = state["params"] if path is None else functools.reduce(_get, path, state["opt_state"])
+        params = (
+            state["params"] if path is None else functools.reduce(_get, path, state["opt_state"])
+        )
         return step, {"params": merge(params, state["frozen"]), **state["model_state"]}
 
     def close(self) -> None:
@@ -138,7 +149,7 @@ class Checkpoints:
         self._manager.close()
 
     def _read(self, step: int, abstract: Any, *, whole: bool) -> Any:
-        """The arrays of a checkpoint as `abstract` has them: sharded where it says how, else on the host."""
+        """A checkpoint's arrays as `abstract` has them: sharded if it says so, else on the host."""
         restore_args = jax.tree.map(
             lambda x: (
                 ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
@@ -147,12 +158,14 @@ class Checkpoints:
             ),
             abstract,
         )
-        args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=not whole)
+        args = ocp.args.PyTreeRestore(
+            abstract, restore_args=restore_args, partial_restore=not whole
+        )
         return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
     def _set_aside(self, step: int) -> None:
         source = self.directory / str(step)
-        target = self.directory / f"{step}.unreadable"
+        target = self.directory / f"{step}{UNREADABLE}"
         if target.exists():
             shutil.rmtree(target)
         source.rename(target)
@@ -160,21 +173,28 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """Turns a failure to write into a message that says where, why and how much room there is."""
+        """Turns a failure to write into a message that says where, why and what room is left."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             parent = next(p for p in (self.directory, *self.directory.parents) if p.exists())
             free = shutil.disk_usage(parent).free
             raise UserError(
-                f"could not {what} {self.directory}: {_first_line(error)} ({free / 1e9:.2f} GB free). "
+                f"could not {what} {self.directory}: {_first_line(error)} "
+                f"({free / 1e9:.2f} GB free). "
                 "Earlier checkpoints are untouched; make room and run the same command again."
             ) from error
 
 
 def _find(tree: Any, name: str) -> tuple[Any, ...] | None:
     """The path of the first node of this name in a tree of mappings and sequences."""
-    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, Mapping)
+        else enumerate(tree)
+        if isinstance(tree, list | tuple)
+        else ()
+    )
     for key, value in items:
         if key == name:
             return (key,)
@@ -203,7 +223,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def _mismatch(error: BaseException) -> str:
-    """What of the message says that the file is sound and its arrays are others; '' if nothing does."""
+    """What of the message says that the file is sound but its arrays are others; '' if nothing."""
     text = str(error)
-    signs = ("not compatible with the stored shape", "tree structures do not match", "Dict key mismatch")
+    signs = (
+        "not compatible with the stored shape",
+        "tree structures do not match",
+        "Dict key mismatch",
+    )
     return text.splitlines()[0][:300] if any(sign in text for sign in signs) else ""

@@ -21,7 +21,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_curves(rows: Iterable[Mapping[str, Any]], path: str | Path, *, title: str, unit: str) -> None:
+def draw_curves(
+    rows: Iterable[Mapping[str, Any]], path: str | Path, *, title: str, unit: str
+) -> None:
     """Writes a PNG of 2 x 2 panels from metric rows, each a mapping with `step` and numbers.
 
     `unit` is what throughput is counted in.
@@ -50,9 +52,7 @@ def _evals(rows: list[Mapping[str, Any]]) -> list[str]:
     return sorted({key for row in rows for key in row if key.endswith("/loss")})
 
 
-def _panel(
-    name: str, rows: list[Mapping[str, Any]], series: Mapping[str, str]
-) -> dict[str, Any]:
+def _panel(name: str, rows: list[Mapping[str, Any]], series: Mapping[str, str]) -> dict[str, Any]:
     points = []
     for key, label in series.items():
         line = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
@@ -63,8 +63,19 @@ def _panel(
         mark["point"] = True  # a line of one point is not seen
     color: dict[str, Any] = {"value": "#3366aa"}
     if len(series) > 1:
-        legend = {"title": None, "orient": "none", "legendX": 340, "legendY": 8, "labelFontSize": 12}
-        color = {"field": "series", "type": "nominal", "sort": list(series.values()), "legend": legend}
+        legend = {
+            "title": None,
+            "orient": "none",
+            "legendX": 340,
+            "legendY": 8,
+            "labelFontSize": 12,
+        }
+        color = {
+            "field": "series",
+            "type": "nominal",
+            "sort": list(series.values()),
+            "legend": legend,
+        }
     return {
         "width": 420,
         "height": 220,

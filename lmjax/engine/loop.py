@@ -86,8 +86,8 @@ class Run:
             )
         if self.keep_every and self.keep_every % self.save_every:
             raise UserError(
-                f"keep_every {self.keep_every} is no multiple of save_every {self.save_every}: nothing "
-                "would be saved at the steps to be kept."
+                f"keep_every {self.keep_every} is no multiple of save_every {self.save_every}: "
+                "nothing would be saved at the steps to be kept."
             )
         try:
             re.compile(self.trainable)
@@ -100,7 +100,9 @@ class Interrupted(Exception):
     """The run was asked to stop, and has saved; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}, which is saved")
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after step {step}, which is saved"
+        )
         self.exit_code = 128 + signum
 
 
@@ -157,7 +159,8 @@ def train(
       run: what to do.
       workdir: holds `config.json`, `metrics.jsonl`, `curves.png`, `samples.txt`, TensorBoard events
         and `checkpoints/`.
-      config: the recorded calls that `run` was built from; kept with the run, and compared on resume.
+      config: the recorded calls that `run` was built from; kept with the run, and compared on
+        resume.
       devices: by default all.
       quiet: writes the files and prints nothing.
 
@@ -168,9 +171,14 @@ def train(
     """
     started = time.perf_counter()
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    about = {"config": config or {}, "tokenizer": run.data.tokenizer.to_json()}
-    _check_config(workdir, about["config"])
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}.") from error
+    run.data.check()
+    for evaluator in run.evals.values():
+        evaluator.check(run.task, run.data)
+    about: dict[str, Any] = {"config": config or {}, "tokenizer": run.data.tokenizer.to_json()}
     program = compile_run(run, devices=devices)
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(
@@ -227,11 +235,12 @@ class _Loop:
             self.read()
             self.unread = step, metrics
             last = step == run.steps
-            if last or (run.eval_every and step % run.eval_every == 0):
-                self.evaluate(step)
-            if last or self.stop or step % run.save_every == 0:
+            if last or step % run.save_every == 0:
                 self.save(step)
-            if self.stop and not last:
+            if (last or (run.eval_every and step % run.eval_every == 0)) and not self.stop:
+                self.evaluate(step)
+            if self.stop:
+                self.save(step)
                 self.checkpoints.wait()
                 raise Interrupted(self.stop[0], step)
 
@@ -246,7 +255,8 @@ class _Loop:
             saved = self.checkpoints.steps()
             where = f"step {saved[-1]} is saved" if saved else "nothing is saved yet"
             raise NonFinite(
-                f"the loss is {values['loss']} at step {step} (gradient norm {values['grad_norm']:.3g}); "
+                f"the loss is {values['loss']} at step {step} "
+                f"(gradient norm {values['grad_norm']:.3g}); "
                 f"{where}. Lower the learning rate, lengthen the warm-up or clip the gradient."
             )
         self.report.step(step, values)
@@ -265,7 +275,9 @@ class _Loop:
         """Starts a checkpoint of the state after `step`, whose loss has been seen to be finite."""
         self.read()
         with self.report.pause():
-            self.checkpoints.save(step, self.session.state, {**self.about, "data": {"next_step": step}})
+            self.checkpoints.save(
+                step, self.session.state, {**self.about, "data": {"next_step": step}}
+            )
 
 
 def _start(
@@ -276,16 +288,17 @@ def _start(
     if restored is None:
         return program.init(), 0
     step, state, saved = restored
+    _check_config(checkpoints.directory.parent, saved["config"], about["config"])
     if saved["tokenizer"] != about["tokenizer"]:
         raise UserError(
-            f"the tokenizer of this run's checkpoint ({checkpoints.directory}) is another than the one "
-            "that the data gives now: the same ids would mean other text. Has the corpus changed? "
-            "Use the old corpus, or another --workdir."
+            f"the tokenizer of this run's checkpoint ({checkpoints.directory}) is another than the "
+            "one that the data gives now: the same ids would mean other text. Has the corpus "
+            "changed? Use the old corpus, or another --workdir."
         )
     if step > run.steps:
         raise UserError(
-            f"{checkpoints.directory} is at step {step}, past steps = {run.steps}: nothing to do. Raise "
-            "steps, or use another --workdir."
+            f"{checkpoints.directory} is at step {step}, past steps = {run.steps}: nothing to do. "
+            "Raise steps, or use another --workdir."
         )
     log.info("continuing from step %d", step)
     return state, int(saved["data"]["next_step"])
@@ -294,19 +307,39 @@ def _start(
 # What a changed field breaks on resume, by regex over its path: the first that matches speaks.
 _HARMLESS, _CURVE, _BREAKS = "harmless", "curve", "breaks"
 _CHANGES = [
-    (r"^(log_every|eval_every|save_every|keep_last|keep_every|wandb_project|evals\.)", _HARMLESS, ""),
+    (
+        r"^(log_every|eval_every|save_every|keep_last|keep_every|wandb_project|evals\.)",
+        _HARMLESS,
+        "",
+    ),
     (r"(^|\.)(workers|remat|unroll|vocab_chunk)$", _HARMLESS, ""),
-    (r"^(layout\.|microbatches$)", _CURVE, "losses agree to rounding from here on, not bit for bit"),
-    (r"(^|\.)(steps|decay_steps)$", _CURVE, "the learning rate from here on is that of another schedule"),
-    (r"^optimizer", _BREAKS, "the optimizer's state and the learning rate no longer fit the run so far"),
-    (r"^(data|batch_size|seed)", _BREAKS, "batches come in another order: some would repeat, some be lost"),
+    (
+        r"^(layout\.|microbatches$)",
+        _CURVE,
+        "losses agree to rounding from here on, not bit for bit",
+    ),
+    (
+        r"(^|\.)(steps|decay_steps)$",
+        _CURVE,
+        "the learning rate from here on is that of another schedule",
+    ),
+    (
+        r"^optimizer",
+        _BREAKS,
+        "the optimizer's state and the learning rate no longer fit the run so far",
+    ),
+    (
+        r"^(data|batch_size|seed)",
+        _BREAKS,
+        "batches come in another order: some would repeat, some be lost",
+    ),
     (r"^(task|trainable)", _BREAKS, "the parameters or the loss are another model's"),
     (r"", _BREAKS, "this is another run"),
 ]
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Lists what differs between two configs given as plain trees: (kind, field, what it breaks)."""
+    """Lists what differs between two configs, as plain trees: (kind, field, what it breaks)."""
     before, after = dict(_flat(old)), dict(_flat(new))
     rows = []
     for name in sorted(before.keys() | after.keys()):
@@ -325,12 +358,9 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def _check_config(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Compares with the config that the workdir was begun with; raises UserError if that run breaks."""
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    changes = config_changes(json.loads(path.read_text()), json.loads(json.dumps(config)))
+def _check_config(workdir: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Says what differs from the checkpoint's config; raises UserError if that breaks the run."""
+    changes = config_changes(old, json.loads(json.dumps(new)))
     lines = [f"  {field}" + (f"  ({meaning})" if meaning else "") for _, field, meaning in changes]
     if any(kind == _BREAKS for kind, _, _ in changes):
         raise UserError(
@@ -355,7 +385,9 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         received.append(signum)
-        log.warning("%s: saving after this step; once more to stop at once", signal.Signals(signum).name)
+        log.warning(
+            "%s: saving after this step; once more to stop at once", signal.Signals(signum).name
+        )
 
     before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -79,18 +79,20 @@ def compile_program(
     mesh = layout.mesh(devices)
     ways = sharding.batch_ways(mesh)
     if batch_size % (ways * microbatches):
-        step = ways * microbatches
-        lower, upper = batch_size // step * step, -(-batch_size // step) * step
+        parts = ways * microbatches
+        lower, upper = batch_size // parts * parts, -(-batch_size // parts) * parts
         near = " or ".join(str(n) for n in dict.fromkeys((lower, upper)) if n)
         raise UserError(
-            f"batch_size {batch_size} does not divide into {ways} data-parallel parts x {microbatches} "
-            f"microbatches. The nearest that do: {near}."
+            f"batch_size {batch_size} does not divide into {ways} data-parallel parts x "
+            f"{microbatches} microbatches. The nearest that do: {near}."
         )
     make = functools.partial(_make_state, task, optimizer, example, trainable, seed)
     boxed = jax.eval_shape(make)
     shardings = sharding.shardings_of(boxed, mesh)
     abstract_state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sharding.unbox(boxed), shardings
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        sharding.unbox(boxed),
+        shardings,
     )
     rows = sharding.batch_sharding(mesh)
     abstract_batch = {
@@ -112,7 +114,9 @@ def compile_program(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         if state.step.is_deleted():
-            raise ValueError("this state was consumed by an earlier train_step: keep the returned one.")
+            raise ValueError(
+                "this state was consumed by an earlier train_step: keep the returned one."
+            )
         try:
             return compiled(state, batch)
         except (TypeError, ValueError) as error:
@@ -130,7 +134,9 @@ def compile_program(
             output = task.loss(variables, batch, jax.random.key(0), train=False)
             return {"loss": output.loss, **output.metrics}
 
-    init = jax.jit(lambda: sharding.unbox(make()), out_shardings=shardings, compiler_options=options)
+    init = jax.jit(
+        lambda: sharding.unbox(make()), out_shardings=shardings, compiler_options=options
+    )
     return Program(
         mesh=mesh,
         abstract_state=abstract_state,
@@ -146,7 +152,11 @@ def differences(expected: Any, given: Any) -> list[str]:
     """Says, leaf by leaf, which shape, dtype or sharding of `given` is not the expected one."""
 
     def describe(x: Any) -> dict[str, Any]:
-        return {"shape": x.shape, "dtype": x.dtype, "sharding": getattr(x, "sharding", "host memory")}
+        return {
+            "shape": x.shape,
+            "dtype": x.dtype,
+            "sharding": getattr(x, "sharding", "host memory"),
+        }
 
     def flat(tree: Any) -> dict[str, Any]:
         leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -197,7 +207,8 @@ def _train_step(
     rate = optax.tree_utils.tree_get(opt_state, "learning_rate")
     if rate is not None:
         metrics["learning_rate"] = Mean.of(jnp.asarray(rate))
-    new_state = state.replace(  # type: ignore[attr-defined]  # struct.dataclass adds it
+    new_state = replace(
+        state,
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         model_state={**state.model_state, **output.model_state},
@@ -212,7 +223,7 @@ def _gradient(
     """The gradient of the batch's mean loss, and the batch's summed output."""
 
     def total(params: Any, model_state: Any, part: Batch, key: jax.Array) -> tuple[Any, Output]:
-        variables = state.replace(model_state=model_state).variables(params)  # type: ignore[attr-defined]
+        variables = replace(state, model_state=model_state).variables(params)
         output = task.loss(variables, part, key, train=True)
         return output.loss.total, output
 
@@ -220,7 +231,7 @@ def _gradient(
     if microbatches == 1:
         gradient, output = gradient_of(state.params, state.model_state, batch, rng)
     else:
-        # Rows i, i + m, ... make microbatch i of m: each device then cuts its own rows, and none move.
+        # Rows i, i + m, ... make microbatch i of m: each device then cuts its own rows; none move.
         parts = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), dict(batch)
         )
@@ -230,14 +241,17 @@ def _gradient(
             gradient, total = carry
             key = jax.random.fold_in(rng, index)
             more, output = gradient_of(state.params, total.model_state, part, key)
-            summed = jax.tree.map(jnp.add, (total.loss, total.metrics), (output.loss, output.metrics))
-            return (jax.tree.map(jnp.add, gradient, more), Output(*summed, output.model_state)), None
+            loss, metrics = jax.tree.map(
+                jnp.add, (total.loss, total.metrics), (output.loss, output.metrics)
+            )
+            summed = Output(loss=loss, metrics=metrics, model_state=output.model_state)
+            return (jax.tree.map(jnp.add, gradient, more), summed), None
 
         shapes = jax.eval_shape(
             gradient_of, state.params, state.model_state, jax.tree.map(lambda x: x[0], parts), rng
         )
         nothing, empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        start = (nothing, empty.replace(model_state=state.model_state))
+        start = (nothing, replace(empty, model_state=state.model_state))
         (gradient, output), _ = jax.lax.scan(accumulate, start, (jnp.arange(microbatches), parts))
     return jax.tree.map(lambda g: g / output.loss.weight, gradient), output
 
@@ -246,16 +260,21 @@ def _put(rows: NamedSharding, batch: Batch) -> Batch:
     if jax.process_count() == 1:
         ways = sharding.batch_ways(rows.mesh)
         if bad := [k for k, v in batch.items() if len(v) % ways]:
-            raise UserError(f"{len(batch[bad[0]])} rows do not divide into {ways} data-parallel parts.")
+            raise UserError(
+                f"{len(batch[bad[0]])} rows do not divide into {ways} data-parallel parts."
+            )
         return jax.device_put(dict(batch), rows)
     return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
 
 
 def _memory(compiled: Any) -> dict[str, int]:
-    """Bytes per device: what the step is given and keeps, and what it needs beside that at its peak."""
+    """Bytes per device: what the step is given and keeps, and what it needs beside at its peak."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return {}
     state_and_batch = int(analysis.argument_size_in_bytes)
     extra = int(analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
-    return {"state and batch": state_and_batch, "temporaries": int(analysis.temp_size_in_bytes) + max(extra, 0)}
+    return {
+        "state and batch": state_and_batch,
+        "temporaries": int(analysis.temp_size_in_bytes) + max(extra, 0),
+    }

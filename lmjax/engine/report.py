@@ -1,4 +1,4 @@
-"""What a person sees of a run: the table at its start, a live line, metrics in files, and a picture."""
+"""What a person sees of a run: a table at its start, a live line, metrics in files, a picture."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ class Report:
                 TimeRemainingColumn(compact=True),
             )
             self.progress = Progress(*columns, console=self.console)
-            self.bar = self.progress.add_task("", total=self.run.steps, completed=self.first, line="")
+            self.bar = self.progress.add_task(
+                "", total=self.run.steps, completed=self.first, line=""
+            )
             self.progress.start()
         self.clock = (time.perf_counter(), self.first)
 
@@ -90,7 +92,8 @@ class Report:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Takes the metrics of a finished step."""
-        if step % self.run.log_every and step not in (self.first + 1, self.run.steps):
+        due = step % self.run.log_every == 0 or step == self.run.steps
+        if not due and step > self.first + 1:
             return
         now, (then, last_step) = time.perf_counter(), self.clock
         seconds = max(now - then - self.paused_s, 1e-9) / (step - last_step)
@@ -99,14 +102,18 @@ class Report:
         epochs = self.run.data.epochs(step * self.run.batch_size)
         row = dict(values) | speed
         row |= {"epoch" if len(epochs) == 1 else f"epoch/{k}": v for k, v in epochs.items()}
-        self._write(step, row)
+        if due:
+            self._write(step, row)
         line = f"loss {values['loss']:.4f}  {speed[f'{unit}_per_s']:,.0f} {unit}/s"
         if "mfu" in speed:
             line += f"  MFU {speed['mfu']:.1%}"
         left = (self.run.steps - step) * seconds
         if self.progress is not None:
             self.progress.update(self.bar, completed=step, line=line)
-        elif now - self.last_line > SECONDS_BETWEEN_LINES or step in (self.first + 1, self.run.steps):
+        elif now - self.last_line > SECONDS_BETWEEN_LINES or step in (
+            self.first + 1,
+            self.run.steps,
+        ):
             self.last_line = now
             self.console.print(f"step {step}/{self.run.steps}  {line}  {_duration(left)} left")
 
@@ -132,7 +139,7 @@ class Report:
         return self.workdir / "metrics.jsonl"
 
     def _open_files(self) -> None:
-        """Opens the sinks; lines of steps that will run again are dropped, so that each stands once."""
+        """Opens the sinks; lines of steps that will run again are dropped: each stands once."""
         from tensorboardX import SummaryWriter
 
         if self.metrics_path.exists():
@@ -175,7 +182,7 @@ class Report:
             self.wandb.log(dict(row), step=step)
 
     def _speed(self, seconds: float) -> dict[str, float]:
-        """Throughput, and the share of the chips' peak in both accountings where the peak is known."""
+        """Throughput, and the share of the chips' peak in both accountings where it is known."""
         devices, batch_size = self.program.mesh.size, self.run.batch_size
         rate = batch_size * self.work.units / seconds
         name = f"{self.work.unit}_per_s"
@@ -214,13 +221,15 @@ class Report:
         for name, epochs in run.data.epochs(run.steps * run.batch_size).items():
             if epochs > MANY_EPOCHS:
                 notes.append(
-                    f"{name} is read {epochs:.0f} times: the model will learn it by heart. Add text, or "
-                    "lower steps or batch_size."
+                    f"{name} is read {epochs:.0f} times: the model will learn it by heart. "
+                    "Add text, or lower steps or batch_size."
                 )
         if not run.evals:
             notes.append("no evals: nothing will tell learning from memorising. Set config.evals.")
         if jax.default_backend() == "cpu" and self.work.flop * run.batch_size > 1e13:
-            notes.append("a step is over 10 TFLOP, minutes on a CPU: lower batch_size, or use a GPU.")
+            notes.append(
+                "a step is over 10 TFLOP, minutes on a CPU: lower batch_size, or use a GPU."
+            )
         return notes
 
 

@@ -30,7 +30,7 @@ class TrainState:
     opt_state: Any
 
     def variables(self, params: Mapping[str, Any] | None = None) -> Variables:
-        """The variables that the task reads, with `params` in the place of the trained ones if given."""
+        """The variables that the task reads, with `params`, if given, for the trained ones."""
         trained = self.params if params is None else params
         return {"params": merge(trained, self.frozen), **self.model_state}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import jax
 
-from lmjax.core import Dataset, Mean, Session
+from lmjax.core import Dataset, Session, Task
 from lmjax.errors import UserError
 
 
@@ -29,19 +29,26 @@ class Losses:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.max_batches < 0:
             raise UserError(
-                f"batch_size is {self.batch_size} and max_batches {self.max_batches}: give at least 1 "
-                "and at least 0."
+                f"batch_size is {self.batch_size} and max_batches {self.max_batches}: "
+                "give at least 1 and at least 0."
             )
+
+    def check(self, task: Task, data: Dataset) -> None:
+        """The task must be able to read this data too, in the same tokens."""
+        task.check(self.data)
+        self.data.check()
+        if self.data.tokenizer.to_json() != data.tokenizer.to_json():
+            raise UserError("the evaluation's data has another tokenizer than the training's.")
 
     def __call__(self, session: Session) -> Mapping[str, float | str]:
         """Numbers by the metric's name."""
         batches = self.data.epoch_batches(
             batch_size=self.batch_size, shard=jax.process_index(), num_shards=jax.process_count()
         )
-        sums: dict[str, Mean] = {}
+        sums: dict[str, tuple[float, float]] = {}
         for batch in itertools.islice(batches, self.max_batches or None):
             # Reading each result keeps one step in flight, and sums in the host's double precision.
             for name, mean in jax.device_get(session.eval_step(batch)).items():
-                mean = Mean(float(mean.total), float(mean.weight))
-                sums[name] = sums[name] + mean if name in sums else mean
-        return {name: float(mean.value) for name, mean in sums.items()}
+                total, weight = sums.get(name, (0.0, 0.0))
+                sums[name] = total + float(mean.total), weight + float(mean.weight)
+        return {name: total / weight for name, (total, weight) in sums.items()}

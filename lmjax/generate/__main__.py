@@ -11,7 +11,9 @@ from lmjax.errors import UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "text to continue", required=True)
-MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "how many tokens to add at most", lower_bound=0)
+MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 200, "how many tokens to add at most", lower_bound=0
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token", lower_bound=0.0)
 TOP_K = flags.DEFINE_integer("top_k", 50, "draw from so many tokens; 0 for all", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "the same seed gives the same text", lower_bound=0)

@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from lmjax.core import Variables
+from lmjax.core import Decoder, Variables
 from lmjax.errors import UserError
 from lmjax.generate.sample import sample
 from lmjax.ops.losses import logits
@@ -25,12 +24,12 @@ SMALLEST_BUCKET = 32
 class Decoding:
     """Decodes with one model; what it compiled serves every later prompt.
 
-    A cache has the length of its bucket (32, 64, ... up to the model's longest context) and moves to
-    the next one when it is full, so that a short text never pays for a long context. When the
+    A cache has the length of its bucket (32, 64, ... up to the model's longest context) and moves
+    to the next one when it is full, so that a short text never pays for a long context. When the
     context itself is full, its later half is read again as a new prompt.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Decoder) -> None:
         self.model = model
         self._prefill = jax.jit(self._prefill_step, static_argnames="length")
         self._next = jax.jit(self._next_step, donate_argnames="cache")
@@ -77,7 +76,11 @@ class Decoding:
             yield value
 
     def prefill(
-        self, variables: Variables, tokens: Sequence[int], key: jax.Array, settings: Mapping[str, Any]
+        self,
+        variables: Variables,
+        tokens: Sequence[int],
+        key: jax.Array,
+        settings: Mapping[str, Any],
     ) -> tuple[jax.Array, Any]:
         """Reads a prompt: (the token drawn after it, a cache that holds it)."""
         padded = np.zeros((1, self.bucket(len(tokens))), np.int32)
@@ -107,7 +110,7 @@ class Decoding:
         output = self.model.apply(variables, tokens_1T, cache=cache)
         last_1D = jax.lax.dynamic_index_in_dim(output.hidden_BTD, filled - 1, axis=1)
         logits_1V = logits(last_1D, output.unembedding)[:, 0]
-        # What padding left in the cache lies behind `filled`: unseen, and overwritten token by token.
+        # What padding left in the cache lies behind `filled`: unseen, overwritten token by token.
         return sample(logits_1V, key, **settings), {**output.cache, "length": filled}
 
     def _next_step(
@@ -127,12 +130,13 @@ class Decoding:
             raise UserError("the prompt is empty: give at least one character to go on from.")
         if prompt.max() >= self.model.vocab_size or prompt.min() < 0:
             raise UserError(
-                f"the prompt holds token {prompt.max()}, beyond the vocabulary of {self.model.vocab_size}."
+                f"the prompt holds token {prompt.max()}, "
+                f"beyond the vocabulary of {self.model.vocab_size}."
             )
         if max_tokens < 0 or temperature < 0 or top_k < 0:
             raise UserError(
-                f"max_tokens is {max_tokens}, temperature {temperature} and top_k {top_k}: none may be "
-                "negative."
+                f"max_tokens is {max_tokens}, temperature {temperature} and top_k {top_k}: "
+                "none may be negative."
             )
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from lmjax.config import build, from_dict
-from lmjax.core import Tokenizer, Variables
+from lmjax.core import Decoder, Tokenizer, Variables
 from lmjax.data.tokenizer import tokenizer_from_json
 from lmjax.engine.checkpoint import Checkpoints
 from lmjax.errors import UserError
@@ -24,7 +23,7 @@ from lmjax.ops.losses import logits
 class LanguageModel:
     """A decoder with its parameters and its tokenizer."""
 
-    model: nn.Module
+    model: Decoder
     variables: Variables
     tokenizer: Tokenizer
     decoding: Decoding
@@ -88,7 +87,7 @@ class LanguageModel:
 
 
 def load(workdir: str | Path, *, step: int | None = None) -> LanguageModel:
-    """Reads the newest checkpoint of a run (or that of `step`); needs neither its data nor its mesh.
+    """Reads a run's newest checkpoint (or that of `step`); needs neither its data nor its mesh.
 
     Raises UserError where the folder holds no run, or no checkpoint of a language model.
     """
@@ -97,7 +96,9 @@ def load(workdir: str | Path, *, step: int | None = None) -> LanguageModel:
         raise UserError(f"{workdir} holds no run: there is no {config}.")
     node = json.loads(config.read_text()).get("task", {}).get("model")
     if node is None:
-        raise UserError(f"{config} has no task.model: it was not trained from a config of a language model.")
+        raise UserError(
+            f"{config} has no task.model: it was not trained from a config of a language model."
+        )
     model = build(from_dict(node))
     checkpoints = Checkpoints(Path(workdir) / "checkpoints")
     step, variables = checkpoints.restore_variables(step)

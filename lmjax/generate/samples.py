@@ -6,9 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flax import linen as nn
-
-from lmjax.core import Session
+from lmjax.core import Dataset, Decoder, Session, Task
 from lmjax.errors import UserError
 from lmjax.generate.decode import Decoding
 
@@ -22,7 +20,7 @@ class Samples:
       max_tokens: how long a continuation is.
     """
 
-    model: nn.Module
+    model: Decoder
     prompt: str
     max_tokens: int = 200
     temperature: float = 0.8
@@ -36,6 +34,11 @@ class Samples:
                 f"{self.temperature} and top_k {self.top_k}: give some text, at least 1, and no "
                 "negative numbers."
             )
+
+    def check(self, task: Task, data: Dataset) -> None:
+        """The prompt must be spelled in the data's vocabulary."""
+        del task
+        data.tokenizer.encode(self.prompt)
 
     def __call__(self, session: Session) -> Mapping[str, float | str]:
         """The prompt with its continuation, as `text`."""

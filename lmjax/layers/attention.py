@@ -1,6 +1,7 @@
 """Multi-head and grouped-query self-attention with an optional cache.
 
-B batch, T query length, S cache length, D embed, H query heads, G key-value heads, K head dim, L layers.
+B batch, T query length, S cache length, D embed, H query heads, G key-value heads, K head dim,
+L layers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lmjax.layers.dropout import Dropout
 from lmjax.layers.linear import Linear
 from lmjax.ops.attention import attention
 from lmjax.ops.matmul import activation_dtype
@@ -80,6 +80,7 @@ class Attention(nn.Module):
                 dtype=self.dtype,
             )
         else:
+            assert layer is not None  # a cache holds all layers: which one is this?
             offset = cache["length"]
             cache = dict(cache)
             for name, new in (("key", k_BTGK), ("value", v_BTGK)):
@@ -125,6 +126,7 @@ class Attention(nn.Module):
 def residual_std(init_std: float, num_layers: int) -> float:
     """The initialisation of projections into the residual stream: std / sqrt(2 num_layers).
 
-    Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3.
+    Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2),
+    section 2.3.
     """
     return init_std / math.sqrt(2 * num_layers)

@@ -9,7 +9,7 @@ from lmjax.ops.dropout import dropout
 
 
 class Dropout(nn.Module):
-    """Zeroes elements at `rate` and scales the rest to keep the mean; does nothing outside training.
+    """Zeroes elements at `rate`, scales the rest to keep the mean; does nothing outside training.
 
     Source: Srivastava et al., "Dropout", JMLR 15 (2014).
     """

@@ -31,7 +31,9 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Shapes: [..., *in] -> [..., *features]."""
         shape = (*x.shape[-self.in_dims :], *self.features)
-        kernel = sharding.param(self, "kernel", nn.initializers.normal(self.init_std), shape, self.axes)
+        kernel = sharding.param(
+            self, "kernel", nn.initializers.normal(self.init_std), shape, self.axes
+        )
         y = matmul(x, kernel, dtype=self.dtype, in_dims=self.in_dims)
         if self.use_bias:
             axes = tuple("norm" if a == "embed" else a for a in self.axes[self.in_dims :])

@@ -12,7 +12,8 @@ from lmjax.ops.norm import layer_norm
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis, statistics in float32.
 
-    Source: Ba et al., "Layer Normalization", arXiv:1607.06450, equation 4. Scale starts at 1, bias at 0.
+    Source: Ba et al., "Layer Normalization", arXiv:1607.06450, equation 4. Scale starts at 1,
+    bias at 0.
     """
 
     epsilon: float = 1e-5

@@ -38,7 +38,11 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """Returns (x_BTD, cache)."""
         y_BTD, cache = self.attention(
-            self.attention_norm(x_BTD), segments_BT=segments_BT, cache=cache, layer=layer, train=train
+            self.attention_norm(x_BTD),
+            segments_BT=segments_BT,
+            cache=cache,
+            layer=layer,
+            train=train,
         )
         x_BTD += Dropout(self.dropout)(y_BTD, train=train)
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
@@ -75,7 +79,9 @@ class Stack(nn.Module):
 
         def body(block: Any, carry: Any, layer: jax.Array) -> tuple[Any, None]:
             x_BTD, cache = carry
-            return block(x_BTD, segments_BT=segments_BT, cache=cache, layer=layer, train=train), None
+            return block(
+                x_BTD, segments_BT=segments_BT, cache=cache, layer=layer, train=train
+            ), None
 
         loop: Callable[..., Any] = nn.scan(
             remat(body, self.remat) if cache is None else body,
@@ -90,7 +96,7 @@ class Stack(nn.Module):
 
 
 def remat(function: Callable[..., Any], policy: Remat) -> Callable[..., Any]:
-    """Wraps `function(module, ...)` so that its backward pass computes again what `policy` drops."""
+    """Wraps `function(module, ...)`: its backward pass computes again what `policy` drops."""
     if policy == "none":
         return function
     keep = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[policy]

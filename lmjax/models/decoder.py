@@ -20,7 +20,7 @@ from lmjax.sharding import shard
 
 
 class DecoderLM(nn.Module):
-    """Embeds tokens (and positions, where given), runs the blocks, normalises; honours `core.Decoder`.
+    """Embeds tokens (and positions, if given), runs the blocks, normalises; honours `core.Decoder`.
 
     Logits come from the tied embedding, by way of the output's `unembedding`.
     """
@@ -49,7 +49,7 @@ class DecoderLM(nn.Module):
     ) -> DecoderOutput:
         """Returns hidden_BTD with the unembedding, and the cache with these tokens appended."""
         T = tokens_BT.shape[1]
-        if T > self.max_length:
+        if self.max_length < T:
             raise UserError(f"{T} tokens are longer than the model's max_length {self.max_length}.")
         x_BTD = self.embed(tokens_BT)
         if self.positions is not None:
@@ -67,6 +67,12 @@ class DecoderLM(nn.Module):
     def init_cache(self, batch_size: int, length: int) -> Any:
         """An empty cache for `length` tokens."""
         return self.blocks.block.attention.init_cache(self.blocks.num_layers, batch_size, length)
+
+    def count_params(self, params: Any) -> dict[str, int]:
+        """Parameters by part; rows that pad the vocabulary are left out."""
+        counts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
+        counts["embed"] -= (self.embed.num_rows - self.embed.vocab_size) * self.embed.dim
+        return counts
 
     def flop_per_token(self, length: int) -> tuple[float, float]:
         """FLOP of one token's forward pass, logits included: (causal attention, full attention)."""

@@ -1,7 +1,8 @@
 """GPT-2 and GPT-3.
 
-Sources: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2, and its
-released code; Brown et al., "Language Models are Few-Shot Learners", arXiv:2005.14165, table 2.1.
+Sources: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), table 2, and
+its released code; Brown et al., "Language Models are Few-Shot Learners", arXiv:2005.14165, table
+2.1.
 
 Departures:
   - GPT-3 alternates dense and locally banded sparse attention; here all layers are dense.
@@ -89,7 +90,8 @@ def gpt(
     if head_dim is None and dim % num_heads:
         fits = [n for n in range(1, dim + 1) if dim % n == 0 and abs(n - num_heads) <= num_heads]
         raise UserError(
-            f"dim {dim} is no multiple of num_heads {num_heads}: choose one of {fits}, or set head_dim."
+            f"dim {dim} is no multiple of num_heads {num_heads}: "
+            f"choose one of {fits}, or set head_dim."
         )
     std = 0.02
     out_std = residual_std(std, num_layers)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from lmjax.core import Batch, Dataset, Mean, Output, Spec, Variables, Work
+from lmjax.core import Batch, Dataset, Decoder, Mean, Output, Spec, Variables, Work
 from lmjax.errors import UserError
 from lmjax.ops.losses import cross_entropy
 
@@ -19,8 +19,8 @@ from lmjax.ops.losses import cross_entropy
 class CausalLM:
     """Cross-entropy of each next token, in nats, over the targets whose weight is not zero.
 
-    Reads `tokens`, `targets` and `weights` of a batch, and `segments`, `positions` (packed documents)
-    and `target_bytes` (which adds the metric `bits_per_byte`) where there are any.
+    Reads `tokens`, `targets` and `weights` of a batch, and `segments`, `positions` (packed
+    documents) and `target_bytes` (which adds the metric `bits_per_byte`) where there are any.
 
     Args:
       model: any `core.Decoder`.
@@ -29,14 +29,15 @@ class CausalLM:
         arXiv:2204.02311, section 5). Part of the loss that is descended, not of the one reported.
     """
 
-    model: nn.Module
+    model: Decoder
     vocab_chunk: int = 0
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if self.vocab_chunk < 0 or self.z_loss < 0:
             raise UserError(
-                f"vocab_chunk is {self.vocab_chunk} and z_loss {self.z_loss}: neither may be negative."
+                f"vocab_chunk is {self.vocab_chunk} and z_loss {self.z_loss}: "
+                "neither may be negative."
             )
 
     def check(self, data: Dataset) -> None:
@@ -44,14 +45,14 @@ class CausalLM:
         length, vocab_size = data.example["tokens"].shape[0], data.vocab_size
         if length > self.model.max_length:
             raise UserError(
-                f"data.length is {length}, and the model's max_length {self.model.max_length}: lower the "
-                "first or raise the second."
+                f"data.length is {length}, and the model's max_length {self.model.max_length}: "
+                "lower the first or raise the second."
             )
         if vocab_size > self.model.vocab_size:
             raise UserError(
                 f"the tokenizer has {vocab_size} tokens, and the model's vocab_size is "
-                f"{self.model.vocab_size}: a token beyond the vocabulary cannot be read. Set the model's "
-                f"vocab_size to at least {vocab_size}."
+                f"{self.model.vocab_size}: a token beyond the vocabulary cannot be read. "
+                f"Set the model's vocab_size to at least {vocab_size}."
             )
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
@@ -88,11 +89,10 @@ class CausalLM:
         """Three forward passes' worth: one forward, two backward."""
         length = example["tokens"].shape[0]
         causal, full = self.model.flop_per_token(length)
-        return Work(unit="tokens", units=length, flop=3 * length * causal, flop_full=3 * length * full)
+        return Work(
+            unit="tokens", units=length, flop=3 * length * causal, flop_full=3 * length * full
+        )
 
-    def count_params(self, params: Any) -> dict[str, int]:
-        """Parameters by part of the model; rows that pad the vocabulary are not counted."""
-        counts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
-        embed = self.model.embed
-        counts["embed"] -= (embed.num_rows - embed.vocab_size) * embed.dim
-        return counts
+    def count_params(self, params: Any) -> Mapping[str, int]:
+        """Parameters by part of the model."""
+        return self.model.count_params(params)

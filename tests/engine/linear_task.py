@@ -1,7 +1,8 @@
-"""A task of three numbers, for tests of the engine: it compiles in no time, and knows its gradients."""
+"""A task of three numbers for tests of the engine: compiles in no time, knows its gradients."""
 
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ class Points:
     nan_at: int = -1
     tokenizer_text: str = "none"
 
-    example = {
+    example: ClassVar = {
         "x": jax.ShapeDtypeStruct((2,), np.float32),
         "y": jax.ShapeDtypeStruct((), np.float32),
         "weights": jax.ShapeDtypeStruct((), np.float32),

@@ -1,4 +1,4 @@
-"""Checkpoints: kept, moved between layouts, and what happens when one is damaged or cannot be written."""
+"""Checkpoints: kept, moved between layouts, and what happens when one is damaged or unwritable."""
 
 import logging
 import os
@@ -16,7 +16,9 @@ from tests.engine.linear_task import make_run
 
 
 def files_of(step_folder):
-    return sorted((p for p in step_folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    return sorted(
+        (p for p in step_folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_no_readable_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path, quie
     train(make_run(steps=4), tmp_path, **quiet)
     for path in files_of(tmp_path / "checkpoints" / "4" / "state"):
         os.truncate(path, 0)
-    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
         train(make_run(), tmp_path, **quiet)
 
 
@@ -99,7 +101,9 @@ def test_a_full_disk_is_said(tmp_path, quiet):
         program = compile_run(make_run(), devices=jax.devices()[:1])
         checkpoints = Checkpoints(small / "checkpoints")
         state = program.init()
-        big = state.replace(params={"kernel": jax.numpy.asarray(np.random.default_rng(0).normal(size=10**6))})
+        big = state.replace(
+            params={"kernel": jax.numpy.asarray(np.random.default_rng(0).normal(size=10**6))}
+        )
         with pytest.raises(UserError, match=r"could not .*GB free.*untouched"):
             checkpoints.save(1, big, {})
             checkpoints.wait()

@@ -78,12 +78,14 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(tmp_path, signum):
     assert Checkpoints(tmp_path / "stopped" / "checkpoints").steps() == [3]
     resumed = train(make_run(), tmp_path / "stopped", **ONE)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    compared = [[(r["step"], r["loss"]) for r in rows_of(tmp_path / d)] for d in ("whole", "stopped")]
+    compared = [
+        [(r["step"], r["loss"]) for r in rows_of(tmp_path / d)] for d in ("whole", "stopped")
+    ]
     assert compared[0] == compared[1]
 
 
 def test_lines_of_steps_that_run_again_are_dropped(tmp_path):
-    """Killed after step 6 with a checkpoint of step 4: 5 and 6 stand once, and a torn line is gone."""
+    """Killed after step 6 with a checkpoint of step 4: 5 and 6 stand once, a torn line is gone."""
     train(make_run(steps=6, save_every=4, keep_last=5), tmp_path, **ONE)
     os.rename(tmp_path / "checkpoints" / "6", tmp_path / "gone")
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -182,7 +184,10 @@ def test_contradictions_are_refused(change, message):
 
 def test_the_engine_names_no_model():
     """It runs a task that is no language model, made of nothing but the protocols."""
-    code = "import sys, lmjax.engine.loop; print([m for m in sys.modules if 'lmjax.models' in m or 'lmjax.data' in m])"
+    code = (
+        "import sys, lmjax.engine.loop; "
+        "print([m for m in sys.modules if 'lmjax.models' in m or 'lmjax.data' in m])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
     assert Linear().count_params({"a": np.zeros(3)}) == {"a": 3}

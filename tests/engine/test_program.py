@@ -75,9 +75,7 @@ def test_one_device_equals_eight(layout, devices):
 
 
 def test_fsdp_shards_parameters_and_moments(devices):
-    program = program_of(
-        layout=Layout(data=4, fsdp=2), devices=devices, optimizer=optax.adam(0.1)
-    )
+    program = program_of(layout=Layout(data=4, fsdp=2), devices=devices, optimizer=optax.adam(0.1))
     state = program.init()
     for kernel in (state.params["kernel"], state.opt_state[0].mu["kernel"]):
         assert kernel.addressable_shards[0].data.shape == (1,)

@@ -61,7 +61,7 @@ def test_remat_saves_memory(variables, policy):
 
 
 def test_packed_documents_equal_documents_apart():
-    """Two documents in one row, told apart by segments and positions, as if each had its own row."""
+    """Two documents in one row, told apart by segments and positions, as if each had its own."""
     model = gpt(**SIZES)
     variables = unbox(model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32)))
     random = np.random.default_rng(1)
@@ -77,7 +77,7 @@ def test_packed_documents_equal_documents_apart():
 
 
 def test_no_token_sees_a_later_one(variables):
-    """The gradient of position t by the embedding of position s is zero for s > t, and only then."""
+    """The gradient of position t by the embedding of position s is zero for s > t, only then."""
     model = gpt(**SIZES)
     tokens = np.arange(16)[None]  # every position has an embedding row of its own
 
@@ -101,7 +101,7 @@ def test_dropout_is_off_outside_training_and_random_within(variables, batch):
 
 
 def test_bfloat16_products_stay_near_float32(variables, batch):
-    """bf16 keeps 8 bits of mantissa: a product's relative error is under 2**-8, the mean loss's less."""
+    """bf16 keeps 8 bits of mantissa: a product is within 2**-8 relatively, the mean loss closer."""
     exact = gradients(gpt(**SIZES), variables, batch)[0]
     low = gradients(gpt(**SIZES, dtype="bfloat16"), variables, batch)[0]
     assert low != exact

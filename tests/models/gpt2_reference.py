@@ -1,7 +1,7 @@
 """GPT-2 of Hugging Face transformers as a reference.
 
-`python -m tests.models.gpt2_reference` (with the extra `parity`) writes `gpt2_reference.npz`: weights of a
-small model, a batch, and its logits, loss and gradients.
+`python -m tests.models.gpt2_reference` (with the extra `parity`) writes `gpt2_reference.npz`:
+weights of a small model, a batch, and its logits, loss and gradients.
 """
 
 from pathlib import Path

@@ -103,17 +103,19 @@ def test_loss_and_gradients_equal_stored_transformers_reference():
         {k.removeprefix("gradient:"): stored[k] for k in stored if k.startswith("gradient:")},
         num_heads=4,
     )
-    model = gpt(
-        num_layers=3, dim=32, num_heads=4, vocab_size=61, max_length=24, vocab_multiple=8
+    model = gpt(num_layers=3, dim=32, num_heads=4, vocab_size=61, max_length=24, vocab_multiple=8)
+    loss, gradients, found = loss_and_gradients(
+        model, from_torch_names(weights, num_heads=4), stored["tokens"]
     )
-    loss, gradients, found = loss_and_gradients(model, from_torch_names(weights, num_heads=4), stored["tokens"])
     np.testing.assert_allclose(loss, stored["loss"], rtol=1e-5)
     np.testing.assert_allclose(found[..., :61], stored["logits"], rtol=1e-4, atol=1e-4)
     assert np.all(np.isneginf(found[..., 61:]))
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         scale = np.abs(expected[name]).max()
-        np.testing.assert_allclose(gradient / scale, expected[name] / scale, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            gradient / scale, expected[name] / scale, atol=1e-4, err_msg=name
+        )
 
 
 @pytest.mark.slow
@@ -136,7 +138,9 @@ def test_124m_equals_live_transformers():
     np.testing.assert_allclose(loss, output.loss.item(), rtol=1e-4)
     for name, gradient in gradients.items():
         scale = np.abs(expected[name]).max()
-        np.testing.assert_allclose(gradient / scale, expected[name] / scale, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            gradient / scale, expected[name] / scale, atol=1e-4, err_msg=name
+        )
 
 
 def test_logits_of_padding_are_minus_infinity():
