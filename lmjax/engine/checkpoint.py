@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,29 +83,31 @@ class Checkpoints:
         return restored["about"]
 
     def restore(
-        self, abstract_state: TrainState
+        self, abstract_state: TrainState, check: Callable[[Mapping[str, Any]], None]
     ) -> tuple[int, TrainState, Mapping[str, Any]] | None:
         """Reads the newest whole checkpoint: (step, state, about); None where there is none.
 
-        A checkpoint that cannot be read is set aside (renamed `STEP.unreadable`) with a warning,
-        and the one before it is tried. Raises UserError when there are checkpoints and none can be
-        read.
+        `check` sees the JSON part before any array is read, and may raise. A checkpoint that cannot
+        be read is set aside (renamed `STEP.unreadable`) with a warning, and the one before it is
+        tried. Raises UserError when there are checkpoints and none can be read.
         """
         reasons = []
         for step in reversed(self.steps()):
             try:
                 about = self.about(step)
+                check(about)
                 return step, self._read(step, abstract_state, whole=True), about
+            except UserError:
+                raise
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
                 if mismatch := _mismatch(error):
                     raise UserError(
                         f"checkpoint {self.directory / str(step)} holds another model: {mismatch}"
                     ) from error
-                reasons.append(f"step {step}: {_first_line(error)}")
+                reason = _first_line(error)
+                reasons.append(f"step {step}: {reason}")
                 log.warning(
-                    "the checkpoint of step %d cannot be read and is set aside: %s",
-                    step,
-                    _first_line(error),
+                    "the checkpoint of step %d cannot be read and is set aside: %s", step, reason
                 )
                 self._set_aside(step)
         if aside := [path.name for path in self.directory.glob(f"*{UNREADABLE}")]:
@@ -116,11 +118,13 @@ class Checkpoints:
             )
         return None
 
-    def restore_variables(self, step: int | None = None) -> tuple[int, dict[str, Any]]:
-        """Reads what inference needs, as host arrays: (step, variables).
+    def restore_for_inference(
+        self, step: int | None = None
+    ) -> tuple[int, dict[str, Any], Mapping[str, Any]]:
+        """Reads what inference needs, as host arrays: (step, variables, about).
 
         Of the parameters that were averaged in training, the average is read. Raises UserError
-        where there is no such checkpoint.
+        where there is no such checkpoint, or it cannot be read.
         """
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
@@ -130,18 +134,14 @@ class Checkpoints:
                 + f"; there are: {', '.join(map(str, steps)) or 'none'}."
             )
         step = steps[-1] if step is None else step
-        stored = self._manager.item_metadata(step)["state"].tree
-        wanted = {name: stored[name] for name in ("params", "frozen", "model_state")}
-        path = _find(stored["opt_state"], "averaged_params")
-        if path is not None:
-            wanted = {name: wanted[name] for name in ("frozen", "model_state")}
-            wanted["opt_state"] = _nest(stored["opt_state"], path)
-        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted)
-        state = self._read(step, abstract, whole=False)
-        params = (
-            state["params"] if path is None else functools.reduce(_get, path, state["opt_state"])
-        )
-        return step, {"params": merge(params, state["frozen"]), **state["model_state"]}
+        try:
+            return step, self._read_variables(step), self.about(step)
+        except Exception as error:  # as above
+            others = ", ".join(str(s) for s in steps if s != step) or "none"
+            raise UserError(
+                f"the checkpoint of step {step} in {self.directory} cannot be read: "
+                f"{_first_line(error)}. Other steps: {others}."
+            ) from error
 
     def close(self) -> None:
         """Ends every save and frees the threads."""
@@ -162,6 +162,18 @@ class Checkpoints:
             abstract, restore_args=restore_args, partial_restore=not whole
         )
         return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+
+    def _read_variables(self, step: int) -> dict[str, Any]:
+        stored = self._manager.item_metadata(step)["state"].tree
+        path = _find(stored["opt_state"], "averaged_params")
+        names = ["frozen", "model_state"] + ([] if path else ["params"])
+        wanted = {name: stored[name] for name in names}
+        if path:
+            wanted["opt_state"] = _nest(stored["opt_state"], path)
+        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted)
+        state = self._read(step, abstract, whole=False)
+        params = functools.reduce(_get, path, state["opt_state"]) if path else state["params"]
+        return {"params": merge(params, state["frozen"]), **state["model_state"]}
 
     def _set_aside(self, step: int) -> None:
         source = self.directory / str(step)
@@ -188,14 +200,9 @@ class Checkpoints:
 
 def _find(tree: Any, name: str) -> tuple[Any, ...] | None:
     """The path of the first node of this name in a tree of mappings and sequences."""
-    items = (
-        tree.items()
-        if isinstance(tree, Mapping)
-        else enumerate(tree)
-        if isinstance(tree, list | tuple)
-        else ()
-    )
-    for key, value in items:
+    if not isinstance(tree, Mapping | list | tuple):
+        return None
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
         if key == name:
             return (key,)
         if (path := _find(value, name)) is not None:

@@ -284,17 +284,20 @@ def _start(
     run: Run, program: Program, checkpoints: Checkpoints, about: Mapping[str, Any]
 ) -> tuple[TrainState, int]:
     """The state to go on from, and the number of steps that it has behind it."""
-    restored = checkpoints.restore(program.abstract_state)
+
+    def check(saved: Mapping[str, Any]) -> None:
+        _check_config(checkpoints.directory.parent, saved["config"], about["config"])
+        if saved["tokenizer"] != about["tokenizer"]:
+            raise UserError(
+                f"the tokenizer of this run's checkpoint ({checkpoints.directory}) is another than "
+                "the one that the data gives now: the same ids would mean other text. Has the "
+                "corpus changed? Use the old corpus, or another --workdir."
+            )
+
+    restored = checkpoints.restore(program.abstract_state, check)
     if restored is None:
         return program.init(), 0
     step, state, saved = restored
-    _check_config(checkpoints.directory.parent, saved["config"], about["config"])
-    if saved["tokenizer"] != about["tokenizer"]:
-        raise UserError(
-            f"the tokenizer of this run's checkpoint ({checkpoints.directory}) is another than the "
-            "one that the data gives now: the same ids would mean other text. Has the corpus "
-            "changed? Use the old corpus, or another --workdir."
-        )
     if step > run.steps:
         raise UserError(
             f"{checkpoints.directory} is at step {step}, past steps = {run.steps}: nothing to do. "

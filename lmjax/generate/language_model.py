@@ -101,8 +101,7 @@ def load(workdir: str | Path, *, step: int | None = None) -> LanguageModel:
         )
     model = build(from_dict(node))
     checkpoints = Checkpoints(Path(workdir) / "checkpoints")
-    step, variables = checkpoints.restore_variables(step)
-    about = checkpoints.about(step)
+    step, variables, about = checkpoints.restore_for_inference(step)
     checkpoints.close()
     return LanguageModel(
         model=model,

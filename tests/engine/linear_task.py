@@ -62,6 +62,9 @@ class Points:
     }
     vocab_size = 0
 
+    def check(self):
+        pass
+
     @property
     def tokenizer(self):
         return self

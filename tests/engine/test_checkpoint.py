@@ -36,7 +36,9 @@ def test_a_state_moves_to_another_layout(tmp_path, quiet, devices):
     state = train(make_run(steps=4), tmp_path, **quiet)
     layout = Layout(data=4, fsdp=2)
     program = compile_run(make_run(layout=layout), devices=devices)
-    step, moved, _ = Checkpoints(tmp_path / "checkpoints").restore(program.abstract_state)
+    step, moved, _ = Checkpoints(tmp_path / "checkpoints").restore(
+        program.abstract_state, lambda about: None
+    )
     assert step == 4
     jax.tree.map(np.testing.assert_array_equal, moved, state)
     assert moved.params["kernel"].sharding == program.abstract_state.params["kernel"].sharding
@@ -54,7 +56,7 @@ def test_an_async_save_holds_the_state_of_its_step(tmp_path, quiet):
         checkpoints.save(step, state, {})
     checkpoints.wait()
     for step, kernel in expected.items():
-        _, variables = checkpoints.restore_variables(step)
+        _, variables, _ = checkpoints.restore_for_inference(step)
         np.testing.assert_array_equal(variables["params"]["kernel"], kernel)
 
 
@@ -115,4 +117,4 @@ def test_a_full_disk_is_said(tmp_path, quiet):
 def test_nothing_to_restore(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(UserError, match="has no checkpoint; there are: none"):
-        checkpoints.restore_variables()
+        checkpoints.restore_for_inference()

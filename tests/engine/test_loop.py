@@ -51,6 +51,9 @@ def test_a_whole_run_leaves_its_files(tmp_path):
 class Numbers:
     """An evaluator that tells the step of the state it was given."""
 
+    def check(self, task, data):
+        pass
+
     def __call__(self, session):
         return {"seen": float(session.state.step), "text": "a sample"}
 
@@ -60,6 +63,9 @@ class Signal:
     """An evaluator that sends this process a signal."""
 
     signum: int
+
+    def check(self, task, data):
+        pass
 
     def __call__(self, session):
         os.kill(os.getpid(), self.signum)
@@ -114,6 +120,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
 def test_the_average_of_parameters_is_what_is_evaluated(tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Kernel:
+        def check(self, task, data):
+            pass
+
         def __call__(self, session):
             return {"kernel": float(session.variables()["params"]["kernel"][0])}
 
@@ -122,7 +131,7 @@ def test_the_average_of_parameters_is_what_is_evaluated(tmp_path):
     average = optax.tree_utils.tree_get(state.opt_state, "averaged_params")["kernel"]
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["e/kernel"] == float(average[0])
     assert float(average[0]) != float(state.params["kernel"][0])
-    step, variables = Checkpoints(tmp_path / "checkpoints").restore_variables()
+    step, variables, _ = Checkpoints(tmp_path / "checkpoints").restore_for_inference()
     assert step == 10
     np.testing.assert_array_equal(variables["params"]["kernel"], average)
     assert variables["counts"]["batches"] == 10
