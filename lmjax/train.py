@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 
 from lmjax.config import build_and_resolve, explain, load_config
 from lmjax.errors import UserError
-from lmjax.hardware import keep_freed_memory
+from lmjax.hardware import prepare_cpu
 
 CONFIG = flags.DEFINE_string(
     "config", None, "FILE.py[:VARIANT]; --config.a.b=VALUE overrides one of its fields"
@@ -93,7 +93,7 @@ def _prepare_jax() -> None:
     """Settings that must stand before jax meets a device."""
     import jax
 
-    keep_freed_memory()
+    prepare_cpu()
     if DEVICES.value:
         jax.config.update("jax_num_cpu_devices", DEVICES.value)
     cache = Path(os.environ.get("LMJAX_CACHE", "~/.cache/lmjax")).expanduser() / "xla"
