@@ -20,6 +20,7 @@ def serve(ready: Mapping[str, Any], run: Callable[[int], None]) -> None:
     """
     _say(ready)
     for line in sys.stdin:
+        turn = time.process_time()
         run(1)
         wall, cpu = time.perf_counter(), time.process_time()
         run(int(line.split()[1]))
@@ -28,6 +29,7 @@ def serve(ready: Mapping[str, Any], run: Callable[[int], None]) -> None:
             {
                 "wall_s": time.perf_counter() - wall,
                 "cpu_s": time.process_time() - cpu,
+                "turn_cpu_s": time.process_time() - turn,
                 "peak_bytes": peak,
             }
         )

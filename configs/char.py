@@ -1,12 +1,12 @@
 """A small character-level GPT on any text file, at nanoGPT's CPU recipe.
 
-4 layers, 128 wide, context 64, batch 12, 2,000 steps, the last tenth of the file for validation; the
-peak learning rate is 4e-3 where nanoGPT has 1e-3.
+4 layers, 128 wide, context 64, batch 12, 2,000 steps, the last tenth of the file for validation;
+the peak learning rate is 4e-3 where nanoGPT has 1e-3.
 
-Command:  python -m lmjax.train --config=configs/char.py --workdir=runs/char --config.data.path=FILE
+Command:  python -m lmjax.train --config=configs/char.py --workdir=DIR --config.data.path=FILE
 Hardware: 2 CPU cores
-Result:   on tiny-shakespeare a validation loss of 1.762 nats over the whole last tenth, in 144 s with
-          other programs running beside it (measured). nanoGPT's own code ended at 1.892 there on the
+Result:   on tiny-shakespeare a validation loss of 1.762 nats over the whole last tenth, in 144 s
+          with other programs running beside it (measured). nanoGPT's own code ended at 1.892 on the
           same windows of the same file (1.880 on its 20 random batches; measured).
 """
 
@@ -69,8 +69,8 @@ def get_config():
         batch_size=12,
         layout=call(Layout),
         evals={
-            "valid": call(Losses, data=call(validation, of=data), batch_size=64, max_batches=40),
-            "sample": call(Samples, model=model, prompt="\n"),
+            "valid": call(Losses, data=call(validation, of=data), batch_size=64),
+            "sample": call(Samples, model=model, prompt=""),
         },
         eval_every=500,
         save_every=500,

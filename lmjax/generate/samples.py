@@ -6,9 +6,13 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from lmjax.core import Dataset, Decoder, Session, Task
 from lmjax.errors import UserError
 from lmjax.generate.decode import Decoding
+
+NUM_PROMPT_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +20,7 @@ class Samples:
     """One continuation of a prompt by the task's model, the same seed each time.
 
     Args:
-      prompt: may not be empty, and must be spelled in the data's vocabulary.
+      prompt: must be spelled in the data's vocabulary; "" takes the first tokens of the data.
       max_tokens: how long a continuation is.
     """
 
@@ -28,11 +32,10 @@ class Samples:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.prompt or self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0:
+        if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0:
             raise UserError(
-                f"prompt is {self.prompt!r}, max_tokens {self.max_tokens}, temperature "
-                f"{self.temperature} and top_k {self.top_k}: give some text, at least 1, and no "
-                "negative numbers."
+                f"max_tokens is {self.max_tokens}, temperature {self.temperature} and top_k "
+                f"{self.top_k}: give at least 1, and no negative numbers."
             )
 
     def check(self, task: Task, data: Dataset) -> None:
@@ -43,7 +46,7 @@ class Samples:
     def __call__(self, session: Session) -> Mapping[str, float | str]:
         """The prompt with its continuation, as `text`."""
         tokenizer = session.data.tokenizer
-        prompt = tokenizer.encode(self.prompt)
+        prompt = tokenizer.encode(self.prompt) if self.prompt else _first_tokens(session.data)
         tokens = self._decoding.tokens(
             session.variables(),
             prompt,
@@ -57,3 +60,9 @@ class Samples:
     @functools.cached_property
     def _decoding(self) -> Decoding:
         return Decoding(self.model)
+
+
+def _first_tokens(data: Dataset) -> np.ndarray:
+    """The beginning of the first example."""
+    batches = data.batches(batch_size=1, seed=0)
+    return np.asarray(next(batches)["tokens"][0, :NUM_PROMPT_TOKENS])
