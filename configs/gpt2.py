@@ -1,4 +1,4 @@
-"""GPT-2 on any text, tokenised by GPT-2's own byte-pair encoding or one trained on that text.
+"""GPT-2 on any text, with a byte-pair encoding of GPT-2's size that is trained on that text.
 
 Command: python -m lmjax.train --config=configs/gpt2.py:124m --workdir=runs/gpt2
 """

@@ -238,8 +238,11 @@ class Dataset(Protocol):
 class Evaluator(Protocol):
     """Measures the current parameters now and then; numbers are metrics, strings samples."""
 
-    def check(self, task: Task, data: Dataset) -> None:
-        """Raises UserError where it cannot run on this task, trained on that data."""
+    def check(self, task: Task, data: Dataset, *, ways: int) -> None:
+        """Raises UserError where it cannot run on this task, trained on that data.
+
+        The rows of its batches will be split into `ways` parts.
+        """
         ...
 
     def __call__(self, session: Session) -> Mapping[str, float | str]:

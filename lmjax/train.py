@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
             return
         if not WORKDIR.value:
             raise UserError("--workdir is not given: name a folder for the run.")
-    except UserError as error:
+    except (UserError, OSError) as error:
         _fail(error, 2)
     _prepare_jax()
     from lmjax.engine.loop import Interrupted, NonFinite, train
@@ -82,6 +82,8 @@ def main(argv: list[str]) -> None:
         _fail(error, 3)
     except UserError as error:
         _fail(error, 2)
+    except OSError as error:  # a full or read-only disk
+        _fail(error, 1)
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
         _fail(RuntimeError("stopped at once; what was saved before is untouched."), 130)
     except Interrupted as stop:

@@ -19,6 +19,7 @@ from lmjax.data.tokenizer import (
     CharacterTokenizer,
     SubwordTokenizer,
     TextTokenizer,
+    tokenizer_from_json,
 )
 from lmjax.errors import UserError, did_you_mean
 
@@ -146,6 +147,10 @@ def _read_tokenizer(path: str, end: str) -> SubwordTokenizer:
         near = [f.as_posix() for f in file.parent.glob("*.json")]
         raise UserError(f"no tokenizer at {file.as_posix()!r}." + did_you_mean(str(file), near))
     text = file.read_text("utf-8")
+    if text.startswith('{"kind":') and isinstance(
+        made := tokenizer_from_json(text), SubwordTokenizer
+    ):
+        return made  # the tokenizer of a run, with the end of its own
     try:
         ids = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
         special = [t["content"] for t in json.loads(text).get("added_tokens", ())]

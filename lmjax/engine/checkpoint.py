@@ -87,34 +87,39 @@ class Checkpoints:
     ) -> tuple[int, TrainState, Mapping[str, Any]] | None:
         """Reads the newest whole checkpoint: (step, state, about); None where there is none.
 
-        `check` sees the JSON part before any array is read, and may raise. A checkpoint that cannot
-        be read is set aside (renamed `STEP.unreadable`) with a warning, and the one before it is
-        tried. Raises UserError when there are checkpoints and none can be read.
+        `check` sees the JSON part before any array is read, and may raise. Where a checkpoint
+        cannot be read the one before it is tried; once one has been read, those that could not are
+        set aside (renamed `STEP.unreadable`) with a warning. Raises UserError, and renames nothing,
+        when there are checkpoints and none can be read: the cause may pass.
         """
-        reasons = []
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 about = self.about(step)
                 check(about)
-                return step, self._read(step, abstract_state, whole=True), about
-            except UserError:
+                state = self._read(step, abstract_state, whole=True)
+            except (UserError, MemoryError, PermissionError):
                 raise
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
                 if mismatch := _mismatch(error):
                     raise UserError(
                         f"checkpoint {self.directory / str(step)} holds another model: {mismatch}"
                     ) from error
-                reason = _first_line(error)
-                reasons.append(f"step {step}: {reason}")
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                damaged[step] = _first_line(error)
+                continue
+            for bad, reason in damaged.items():
                 log.warning(
-                    "the checkpoint of step %d cannot be read and is set aside: %s", step, reason
+                    "the checkpoint of step %d cannot be read and is set aside: %s", bad, reason
                 )
-                self._set_aside(step)
-        if aside := [path.name for path in self.directory.glob(f"*{UNREADABLE}")]:
-            why = f" ({'; '.join(reasons)})" if reasons else ""
+                self._set_aside(bad)
+            return step, state, about
+        if damaged:
+            why = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
             raise UserError(
-                f"no checkpoint in {self.directory} can be read: {', '.join(sorted(aside))}{why}. "
-                "Start again with another --workdir."
+                f"no checkpoint in {self.directory} can be read ({why}). If the cause does not "
+                "pass, start again with another --workdir."
             )
         return None
 

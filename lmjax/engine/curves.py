@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,14 @@ def _evals(rows: list[Mapping[str, Any]]) -> list[str]:
     return sorted({key for row in rows for key in row if key.endswith("/loss")})
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _panel(name: str, rows: list[Mapping[str, Any]], series: Mapping[str, str]) -> dict[str, Any]:
     points = []
     for key, label in series.items():
-        line = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+        line = [(row["step"], row[key]) for row in rows if _is_number(row.get(key))]
         thinned = line[:: max(1, len(line) // MAX_POINTS)]
         points += [{"step": step, "value": value, "series": label} for step, value in thinned]
     mark: dict[str, Any] = {"type": "line", "strokeWidth": 1.5, "clip": True}

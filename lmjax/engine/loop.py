@@ -25,7 +25,7 @@ from lmjax.engine.program import Program, compile_program
 from lmjax.engine.report import Report
 from lmjax.engine.state import TrainState
 from lmjax.errors import UserError
-from lmjax.sharding import Layout
+from lmjax.sharding import Layout, batch_ways
 
 log = logging.getLogger("lmjax")
 
@@ -107,7 +107,7 @@ class Interrupted(Exception):
 
 
 class NonFinite(UserError):
-    """The loss is NaN or infinite; no later state was saved."""
+    """The loss or the gradient is NaN or infinite; the state after it was not saved."""
 
 
 @dataclass(kw_only=True)
@@ -176,9 +176,11 @@ def train(
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}.") from error
     run.data.check()
+    ways = batch_ways(run.layout.mesh(devices))
     for evaluator in run.evals.values():
-        evaluator.check(run.task, run.data)
+        evaluator.check(run.task, run.data, ways=ways)
     about: dict[str, Any] = {"config": config or {}, "tokenizer": run.data.tokenizer.to_json()}
+    _check_folder(workdir, about["config"])
     program = compile_run(run, devices=devices)
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(
@@ -229,6 +231,8 @@ class _Loop:
                 start=first,
             )
         )
+        if first and self.due(first) and not self.report.evaluated(first):
+            self.evaluate(first)  # a run that was stopped between saving and evaluating
         for step in range(first + 1, run.steps + 1):
             batch = self.program.put(next(batches))
             session.state, metrics = self.program.train_step(session.state, batch)
@@ -237,12 +241,17 @@ class _Loop:
             last = step == run.steps
             if last or step % run.save_every == 0:
                 self.save(step)
-            if (last or (run.eval_every and step % run.eval_every == 0)) and not self.stop:
+            if self.due(step) and not self.stop:
                 self.evaluate(step)
             if self.stop:
                 self.save(step)
                 self.checkpoints.wait()
                 raise Interrupted(self.stop[0], step)
+
+    def due(self, step: int) -> bool:
+        """Whether an evaluation follows this step."""
+        run = self.run
+        return step == run.steps or bool(run.eval_every and step % run.eval_every == 0)
 
     def read(self) -> None:
         """Waits for the step before the one just dispatched; at most two are ever in flight."""
@@ -251,7 +260,7 @@ class _Loop:
         step, means = self.unread
         self.unread = None
         values = {name: float(mean.value) for name, mean in jax.device_get(means).items()}
-        if not math.isfinite(values["loss"]):
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             saved = self.checkpoints.steps()
             where = f"step {saved[-1]} is saved" if saved else "nothing is saved yet"
             raise NonFinite(
@@ -278,6 +287,22 @@ class _Loop:
             self.checkpoints.save(
                 step, self.session.state, {**self.about, "data": {"next_step": step}}
             )
+
+
+def _check_folder(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Raises UserError where the folder holds what is not this run's, and would be overwritten."""
+    path = workdir / "config.json"
+    if (workdir / "checkpoints").exists() or not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        old = None
+    if old != json.loads(json.dumps(config)) and not (workdir / "metrics.jsonl").exists():
+        raise UserError(
+            f"{workdir} is no folder of a run: it holds another config.json, which would be lost. "
+            "Use another --workdir."
+        )
 
 
 def _start(

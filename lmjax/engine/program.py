@@ -261,7 +261,8 @@ def _put(rows: NamedSharding, batch: Batch) -> Batch:
         ways = sharding.batch_ways(rows.mesh)
         if bad := [k for k, v in batch.items() if len(v) % ways]:
             raise UserError(
-                f"{len(batch[bad[0]])} rows do not divide into {ways} data-parallel parts."
+                f"{len(batch[bad[0]])} rows do not divide into {ways} data-parallel parts: make "
+                f"the batch_size a multiple of {ways}."
             )
         return jax.device_put(dict(batch), rows)
     return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}

@@ -133,6 +133,11 @@ class Report:
                 with (self.workdir / "samples.txt").open("a") as file:
                     file.write(f"=== step {step}, {name}\n{sample}\n")
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the evaluation after `step` is among the metrics."""
+        rows = read_metrics(self.metrics_path)
+        return any(row["step"] == step and "loss" not in row for row in rows)
+
     @property
     def metrics_path(self) -> Path:
         """One JSON object a line."""
@@ -144,7 +149,9 @@ class Report:
 
         if self.metrics_path.exists():
             rows = [r for r in read_metrics(self.metrics_path) if r["step"] <= self.first]
-            self.metrics_path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+            kept = self.metrics_path.with_suffix(".tmp")
+            kept.write_text("".join(json.dumps(r) + "\n" for r in rows))
+            kept.replace(self.metrics_path)
         self.metrics = self.metrics_path.open("a", buffering=1)
         self.events = SummaryWriter(str(self.workdir), purge_step=self.first + 1)
         if self.run.wandb_project:

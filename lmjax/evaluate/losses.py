@@ -33,8 +33,13 @@ class Losses:
                 "give at least 1 and at least 0."
             )
 
-    def check(self, task: Task, data: Dataset) -> None:
+    def check(self, task: Task, data: Dataset, *, ways: int) -> None:
         """The task must be able to read this data too, in the same tokens."""
+        if self.batch_size % ways:
+            raise UserError(
+                f"an evaluation's batch_size is {self.batch_size}, which does not divide into "
+                f"{ways} data-parallel parts: make it a multiple of {ways}."
+            )
         task.check(self.data)
         self.data.check()
         if self.data.tokenizer.to_json() != data.tokenizer.to_json():

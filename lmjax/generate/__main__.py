@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
             print(piece, end="", flush=True)
         print()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

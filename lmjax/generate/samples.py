@@ -38,10 +38,16 @@ class Samples:
                 f"{self.top_k}: give at least 1, and no negative numbers."
             )
 
-    def check(self, task: Task, data: Dataset) -> None:
+    def check(self, task: Task, data: Dataset, *, ways: int) -> None:
         """The prompt must be spelled in the data's vocabulary."""
-        del task
-        data.tokenizer.encode(self.prompt)
+        del task, ways
+        try:
+            data.tokenizer.encode(self.prompt)
+        except UserError as error:
+            raise UserError(
+                f"the sample's prompt {self.prompt!r} cannot be spelled: {error} Set its `prompt` "
+                "to text that the corpus holds, or to nothing."
+            ) from error
 
     def __call__(self, session: Session) -> Mapping[str, float | str]:
         """The prompt with its continuation, as `text`."""

@@ -83,6 +83,8 @@ def gpt(
         "vocab_multiple": vocab_multiple,
         "unroll": unroll,
     }
+    if head_dim is not None:
+        sizes["head_dim"] = head_dim
     if bad := [name for name, value in sizes.items() if value < 1]:
         raise UserError(f"{bad[0]} is {sizes[bad[0]]}: must be at least 1.")
     if not 0 <= dropout < 1:
@@ -101,7 +103,7 @@ def gpt(
             dim=dim,
             num_heads=num_heads,
             num_kv_heads=num_heads,
-            head_dim=head_dim or dim // num_heads,
+            head_dim=dim // num_heads if head_dim is None else head_dim,
             dropout=dropout,
             init_std=std,
             out_std=out_std,
@@ -171,9 +173,9 @@ def _preset(
         raise UserError(f"no preset of size {size!r}." + did_you_mean(size, sizes))
     layers, width, heads, head_dim = sizes[size]
     return gpt(
-        num_layers=num_layers or layers,
-        dim=dim or width,
-        num_heads=num_heads or heads,
-        head_dim=None if dim or num_heads else head_dim,
+        num_layers=layers if num_layers is None else num_layers,
+        dim=width if dim is None else dim,
+        num_heads=heads if num_heads is None else num_heads,
+        head_dim=head_dim if dim is None and num_heads is None else None,
         **fields,
     )

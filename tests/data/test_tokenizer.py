@@ -160,3 +160,12 @@ def test_bad_pretrained(tmp_path: Path, tokenizer_json: str) -> None:
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match=r"x.json is no tokenizer.json"):
         Pretrained(path=str(tmp_path / "x.json")).learn([], [])
+
+
+def test_the_tokenizer_of_a_run_can_be_used_again(tmp_path):
+    """What a run writes as tokenizer.json is read by `Pretrained`, ids and end alike."""
+    learned = BPE(vocab_size=300).learn(["to be or not to be " * 20], [])
+    path = tmp_path / "tokenizer.json"
+    path.write_text(learned.to_json())
+    again = Pretrained(path=str(path)).learn([], [])
+    assert again.hash == learned.hash and again.end_id == learned.end_id

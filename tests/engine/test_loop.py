@@ -51,7 +51,7 @@ def test_a_whole_run_leaves_its_files(tmp_path):
 class Numbers:
     """An evaluator that tells the step of the state it was given."""
 
-    def check(self, task, data):
+    def check(self, task, data, *, ways):
         pass
 
     def __call__(self, session):
@@ -64,7 +64,7 @@ class Signal:
 
     signum: int
 
-    def check(self, task, data):
+    def check(self, task, data, *, ways):
         pass
 
     def __call__(self, session):
@@ -117,10 +117,25 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
         train(make_run(data=Points(nan_at=3)), tmp_path / "early", **ONE)
 
 
+def test_an_evaluation_that_a_stop_prevented_is_made_on_resume(tmp_path):
+    train(make_run(), tmp_path, **ONE)
+    train(make_run(evals={"valid": Numbers()}), tmp_path, **ONE)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": 10, "valid/seen": 10}
+    train(make_run(evals={"valid": Numbers()}), tmp_path, **ONE)
+    assert sum("valid/seen" in row for row in read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="no folder of a run"):
+        train(make_run(), tmp_path, config=OLD, **ONE)
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "gpt2"}'
+
+
 def test_the_average_of_parameters_is_what_is_evaluated(tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Kernel:
-        def check(self, task, data):
+        def check(self, task, data, *, ways):
             pass
 
         def __call__(self, session):

@@ -59,8 +59,10 @@ def test_max_batches_stops_early(session, data):
 
 def test_what_does_not_fit_is_refused(data):
     with pytest.raises(UserError, match=r"data.length is 32"):
-        Losses(data=dataclasses.replace(data, length=32), batch_size=2).check(TASK, data)
+        Losses(data=dataclasses.replace(data, length=32), batch_size=2).check(TASK, data, ways=1)
     other = dataclasses.replace(data, path=__file__)
-    Losses(data=other, batch_size=2).check(TASK, data)  # bytes are bytes
+    Losses(data=other, batch_size=2).check(TASK, data, ways=1)  # bytes are bytes
+    with pytest.raises(UserError, match="batch_size is 6, which does not divide into 4"):
+        Losses(data=data, batch_size=6).check(TASK, data, ways=4)
     with pytest.raises(UserError, match="batch_size is 0"):
         Losses(data=data, batch_size=0)
