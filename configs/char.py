@@ -59,7 +59,7 @@ def get_config():
         num_heads=4,
         unroll=4,
     )
-    schedule = call(cosine, peak=4e-3, steps=steps, warmup_steps=100)
+    schedule = call(cosine, peak=4e-3, steps=steps, warmup_steps=steps // 20)
     return call(
         Run,
         task=call(CausalLM, model=model),

@@ -1,6 +1,8 @@
 """GPT-2 on any text, with a byte-pair encoding of GPT-2's size that is trained on that text.
 
-Command: python -m lmjax.train --config=configs/gpt2.py:124m --workdir=runs/gpt2
+Command:  python -m lmjax.train --config=configs/gpt2.py:124m --workdir=runs/gpt2
+Hardware: meant for one GPU or TPU; on a CPU add --config.batch_size=4 --config.data.length=256
+Result:   none yet: the 124M model has run steps on 2 CPU cores, and was not trained to the end.
 """
 
 from ml_collections import FieldReference
@@ -51,7 +53,7 @@ def get_config():
         dtype="bfloat16",
         unroll=12,
     )
-    schedule = call(cosine, peak=6e-4, steps=steps, warmup_steps=500)
+    schedule = call(cosine, peak=6e-4, steps=steps, warmup_steps=steps // 20)
     return call(
         Run,
         task=call(CausalLM, model=model),
@@ -60,7 +62,7 @@ def get_config():
         steps=steps,
         batch_size=8,
         layout=call(Layout),
-        evals={"valid": call(Losses, data=call(validation, of=data), batch_size=8, max_batches=50)},
+        evals={"valid": call(Losses, data=call(validation, of=data), batch_size=8, max_batches=10)},
         eval_every=500,
         save_every=500,
     )
