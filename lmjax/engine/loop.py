@@ -347,7 +347,7 @@ _CHANGES = [
         "losses agree to rounding from here on, not bit for bit",
     ),
     (
-        r"(^|\.)(steps|decay_steps)$",
+        r"(^|\.)(steps|decay_steps|warmup_steps)$",
         _CURVE,
         "the learning rate from here on is that of another schedule",
     ),

@@ -162,6 +162,7 @@ OLD = {"task": {"dim": 4}, "seed": 0, "steps": 10, "layout": {"data": 1}, "log_e
         ({"seed": 1}, "breaks", "another order"),
         ({"steps": 20}, "curve", "another schedule"),
         ({"layout": {"data": 2}}, "curve", "rounding"),
+        ({"optimizer": {"learning_rate": {"warmup_steps": 4}}}, "curve", "another schedule"),
         ({"log_every": 5}, "harmless", ""),
         ({"optimizer": {"b1": 0.5}}, "breaks", "optimizer's state"),
     ],
