@@ -12,9 +12,10 @@ import numpy as np
 import optax
 import pytest
 
+from lmjax.engine.changes import config_changes
 from lmjax.engine.checkpoint import Checkpoints
 from lmjax.engine.curves import read_metrics
-from lmjax.engine.loop import Interrupted, NonFinite, config_changes, train
+from lmjax.engine.loop import Interrupted, NonFinite, train
 from lmjax.errors import UserError
 from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import constant

@@ -22,7 +22,13 @@ def workdir(tmp_path_factory):
     text = folder / "text.txt"
     text.write_text("To be, or not to be:\nthat is the question. " * 200)
     config = lmjax.load_config(
-        f"{ROOT}/configs/char.py:smoke", {"steps": 2, "data.path": str(text), "save_every": 1}
+        f"{ROOT}/configs/char.py:smoke",
+        {
+            "steps": 2,
+            "data.path": str(text),
+            "save_every": 1,
+            "optimizer.learning_rate.warmup_steps": 0,
+        },
     )
     lmjax.train(config, str(folder / "run"), quiet=True, devices=jax.devices()[:1])
     text.unlink()
