@@ -13,6 +13,7 @@ import pytest
 from lmjax.config import build_and_resolve, load_config
 from lmjax.engine.curves import read_metrics
 from lmjax.engine.loop import Run, compile_run, train
+from lmjax.engine.program import Program
 from lmjax.sharding import Layout
 
 ROOT = Path(__file__).parents[1]
@@ -32,12 +33,21 @@ def smoke(request):
 
 
 @pytest.fixture(scope="module")
-def one_device(smoke):
-    return losses(smoke[1], devices=jax.devices()[:1])
+def program(smoke):
+    """The config's program on one device."""
+    return compile_run(smoke[1], devices=jax.devices()[:1])
 
 
-def losses(run: Run, *, devices, num_steps: int = 4) -> list[float]:
-    program = compile_run(run, devices=devices)
+@pytest.fixture(scope="module")
+def one_device(smoke, program):
+    return losses_of(program, smoke[1])
+
+
+def losses(run: Run, *, devices) -> list[float]:
+    return losses_of(compile_run(run, devices=devices), run)
+
+
+def losses_of(program: Program, run: Run, *, num_steps: int = 4) -> list[float]:
     state, found = program.init(), []
     batches = run.data.batches(batch_size=run.batch_size, seed=run.seed)
     for batch in itertools.islice(batches, num_steps):
@@ -78,10 +88,9 @@ def test_compiles_for_sixteen_devices(smoke):
     assert program.memory["temporaries"] > 0
 
 
-def test_loss_falls(smoke):
+def test_loss_falls(smoke, program):
     """On one batch over and over, by a good part of what there is to learn."""
     run = smoke[1]
-    program = compile_run(run, devices=jax.devices()[:1])
     batch = program.put(next(iter(run.data.batches(batch_size=run.batch_size, seed=0))))
     state, found = program.init(), []
     for _ in range(run.steps):
