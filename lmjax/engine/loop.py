@@ -218,7 +218,7 @@ class _Loop:
         self.session = RunSession(
             task=run.task, data=run.data, seed=run.seed, program=program, state=state
         )
-        self.unread: tuple[int, dict[str, Mean]] | None = None
+        self.unread: tuple[int, dict[str, Mean], float] | None = None
 
     def go(self, first: int) -> None:
         """Runs steps first + 1 .. run.steps."""
@@ -237,8 +237,9 @@ class _Loop:
         for step in range(first + 1, run.steps + 1):
             batch = self.program.put(next(batches))
             session.state, metrics = self.program.train_step(session.state, batch)
+            dispatched = time.perf_counter()
             self.read()
-            self.unread = step, metrics
+            self.unread = step, metrics, dispatched
             last = step == run.steps
             if last or step % run.save_every == 0:
                 self.save(step)
@@ -258,7 +259,7 @@ class _Loop:
         """Waits for the step before the one just dispatched; at most two are ever in flight."""
         if self.unread is None:
             return
-        step, means = self.unread
+        step, means, dispatched = self.unread
         self.unread = None
         values = {name: float(mean.value) for name, mean in jax.device_get(means).items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
@@ -269,7 +270,7 @@ class _Loop:
                 f"(gradient norm {values['grad_norm']:.3g}); "
                 f"{where}. Lower the learning rate, lengthen the warm-up or clip the gradient."
             )
-        self.report.step(step, values)
+        self.report.step(step, values, dispatched)
 
     def evaluate(self, step: int) -> None:
         """Runs every evaluator on the state after `step`."""

@@ -90,12 +90,15 @@ class Report:
         yield
         self.paused_s += time.perf_counter() - began
 
-    def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes the metrics of a finished step."""
+    def step(self, step: int, values: Mapping[str, float], now: float) -> None:
+        """Takes the metrics of a finished step, which was dispatched at `now` (perf_counter).
+
+        In a steady run steps are dispatched as fast as they end; when they are read tells less.
+        """
         due = step % self.run.log_every == 0 or step == self.run.steps
         if not due and step > self.first + 1:
             return
-        now, (then, last_step) = time.perf_counter(), self.clock
+        then, last_step = self.clock
         seconds = max(now - then - self.paused_s, 1e-9) / (step - last_step)
         self.clock, self.paused_s = (now, step), 0.0
         speed, unit = self._speed(seconds), self.work.unit
