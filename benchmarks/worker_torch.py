@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from typing import Any
 
 from benchmarks.cases import CASES
 from benchmarks.worker import serve
@@ -58,7 +59,7 @@ def main(name: str, mode: str) -> None:
     serve(ready, run)
 
 
-def matmul_peak(torch, device: str, dtype: str) -> float:  # type: ignore[no-untyped-def]
+def matmul_peak(torch: Any, device: str, dtype: str) -> float:
     """FLOP/s of a large square product, the best of eight."""
     size = 2048 if device == "cpu" else 8192
     x = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))

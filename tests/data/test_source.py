@@ -109,7 +109,7 @@ def tfds_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # tfds and what it imports warn of their own future
 def test_tfds_without_tensorflow(tfds_dir: str) -> None:
     options = {"text_field": "body", "tfds_dir": tfds_dir}
     expected = [f"tale é {index}" for index in range(3)]
