@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from dataclasses import dataclass
 
@@ -71,20 +72,32 @@ def prepare_cpu() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Tells glibc's allocator to keep what is freed; does nothing where there is no glibc.
+    """Has glibc's allocator keep what is freed, in huge pages; does nothing where there is no glibc.
 
     XLA on a CPU allocates the temporaries of every step anew. By default each large block comes
-    from the kernel and goes back to it, which costs a page fault for every 4 KB touched.
+    from the kernel and goes back to it, which costs a page fault for every 4 KB touched; and Linux
+    gives huge pages only to memory that asks for them. The heap is therefore stretched once, and
+    its addresses are marked: untouched, they cost nothing.
     Process-wide, and to be called before threads are started; the process then holds on to its
     peak memory.
     """
     if not sys.platform.startswith("linux"):
         return
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt, malloc, free, madvise = libc.mallopt, libc.malloc, libc.free, libc.madvise
     except (OSError, AttributeError):
         return
     mmap_max, trim_threshold, arena_max = -4, -1, -8  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)
     mallopt(arena_max, 1)
+    malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_size_t
+    free.argtypes, free.restype = [ctypes.c_size_t], None
+    madvise.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+    page, huge_page = os.sysconf("SC_PAGE_SIZE"), 14  # MADV_HUGEPAGE
+    size = os.sysconf("SC_PHYS_PAGES") * page // 2
+    if block := malloc(size):
+        start = -(-block // page) * page
+        madvise(start, (block + size - start) // page * page, huge_page)
+        free(block)

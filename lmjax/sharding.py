@@ -42,8 +42,9 @@ RULES: Rules = {
     "positions": (),
     "norm": (),
     # activations
-    "batch": ("slices", "data", "fsdp"),
+    "batch": ("slices", "data", "fsdp", "expert"),
     "length": ("context",),
+    "residual": ("context", "tensor"),  # the length outside attention and MLP: norms, residuals
     "act_embed": (),
     "act_mlp": ("tensor",),
     "act_heads": ("tensor",),
@@ -59,7 +60,14 @@ class Layout:
 
     `slices` are data-parallel groups joined by the slow network. `data` replicates parameters,
     `fsdp` shards them and their moments, `tensor` splits heads, hidden units and vocabulary,
-    `context` the sequence, `expert` the experts and `stage` the layers.
+    `context` the sequence, `expert` the experts (and, like `data`, the batch) and `stage` the
+    layers.
+
+    Args:
+      stage_microbatches: parts of the batch that follow each other through the stages; 0 for one
+        per stage.
+      stage_repeats: how often a microbatch goes round the stages, each time through the next
+        layers (a circular schedule): more shrink the share of idle stages.
     """
 
     slices: int = 1
@@ -69,6 +77,8 @@ class Layout:
     context: int = 1
     expert: int = 1
     stage: int = 1
+    stage_microbatches: int = 0
+    stage_repeats: int = 1
 
     def __post_init__(self) -> None:
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
@@ -150,32 +160,106 @@ def param(
     return value  # without its box
 
 
-_ACTIVE: ContextVar[tuple[Mesh, Rules] | None] = ContextVar("active_mesh", default=None)
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """How the layers go over `stage`: stages, microbatches in flight, rounds of each of them."""
+
+    stages: int = 1
+    microbatches: int = 1
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class _Active:
+    mesh: Mesh
+    pipeline: Pipeline
+    rules: Rules
+
+
+_ACTIVE: ContextVar[_Active | None] = ContextVar("active_mesh", default=None)
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
-    """Within it, `shard` constrains to this mesh and `platform` is that of its devices."""
-    token = _ACTIVE.set((mesh, rules))
+def use(mesh: Mesh, layout: Layout | None = None, rules: Rules = RULES) -> Iterator[None]:
+    """Within it, `shard` and `per_device` mean this mesh, and `platform` that of its devices."""
+    stages = mesh.shape["stage"]
+    pipeline = Pipeline(
+        stages=stages,
+        microbatches=(layout and layout.stage_microbatches) or stages,
+        repeats=layout.stage_repeats if layout else 1,
+    )
+    token = _ACTIVE.set(_Active(mesh, pipeline, rules))
     try:
         yield
     finally:
         _ACTIVE.reset(token)
 
 
+def axis_size(axis: str) -> int:
+    """Devices along an axis of the mesh in use; 1 without one."""
+    active = _ACTIVE.get()
+    return 1 if active is None else active.mesh.shape[axis]
+
+
+def pipeline() -> Pipeline:
+    """How layers are spread over the stages of the mesh in use."""
+    active = _ACTIVE.get()
+    return Pipeline() if active is None else active.pipeline
+
+
+Names = tuple[str | None, ...] | None
+
+
+def per_device(
+    function: Callable[..., Any], in_axes: Sequence[Names], out_axes: Any
+) -> Callable[..., Any]:
+    """`function` on each device's parts of its arguments; without a mesh, `function` itself.
+
+    Collectives inside name mesh axes. An axis of the mesh over which an argument is not split holds
+    copies of it.
+
+    Args:
+      in_axes: the axis names of each argument (an array, or a tree of arrays named alike); None for
+        one that every device holds whole.
+      out_axes: likewise, in the structure of what `function` returns.
+    """
+    active = _ACTIVE.get()
+    if active is None or active.mesh.size == 1:
+        return function
+
+    def part(names: Names) -> PartitionSpec:
+        return PartitionSpec() if names is None else spec(names, active.rules)
+
+    is_names = lambda x: x is None or (  # noqa: E731
+        isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)
+    )
+    return jax.shard_map(
+        function,
+        mesh=active.mesh,
+        in_specs=tuple(part(names) for names in in_axes),
+        out_specs=jax.tree.map(part, out_axes, is_leaf=is_names),
+        check_vma=False,
+    )
+
+
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains an activation's axes, by name, to the mesh in use; without one, returns `x`."""
     _check_axes(axes, x.ndim)
     active = _ACTIVE.get()
-    if active is None or active[0].size == 1:
+    if active is None or active.mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(active[0], spec(axes, active[1])))
+    parts: list[tuple[str, ...] | None] = []
+    for size, part in zip(x.shape, mesh_axes(axes, active.rules), strict=True):
+        while size % math.prod(active.mesh.shape[a] for a in part):
+            part = part[:-1]  # one token in decoding: the last axes of the mesh hold copies
+        parts.append(part or None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(active.mesh, PartitionSpec(*parts)))
 
 
 def platform() -> str:
     """What is compiled for ('cpu', 'gpu', 'tpu'): the mesh in use, else jax's default backend."""
     active = _ACTIVE.get()
-    name = jax.default_backend() if active is None else active[0].devices.flat[0].platform
+    name = jax.default_backend() if active is None else active.mesh.devices.flat[0].platform
     return "gpu" if name in ("cuda", "rocm") else name
 
 

@@ -103,7 +103,7 @@ def compile_program(
     options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
-        with sharding.use(mesh):
+        with sharding.use(mesh, layout):
             return _train_step(task, optimizer, seed, microbatches, state, batch)
 
     compiled = (
@@ -130,7 +130,7 @@ def compile_program(
 
     @functools.partial(jax.jit, out_shardings=replicated, compiler_options=options)
     def eval_step(variables: Variables, batch: Batch) -> dict[str, Mean]:
-        with sharding.use(mesh):
+        with sharding.use(mesh, layout):
             output = task.loss(variables, batch, jax.random.key(0), train=False)
             return {"loss": output.loss, **output.metrics}
 

@@ -66,4 +66,4 @@ class LearnedPositions(nn.Module):
 def _rows(table_ND: jax.Array, index_BT: jax.Array, dtype: str) -> jax.Array:
     """Looks rows up in a table that is whole along D: a lookup in a sharded row moves it all."""
     rows_BTD = jnp.take(table_ND, index_BT, axis=0).astype(activation_dtype(dtype))
-    return rows_BTD if index_BT.shape[0] == 1 else shard(rows_BTD, "batch", "length", "act_embed")
+    return rows_BTD if index_BT.shape[0] == 1 else shard(rows_BTD, "batch", "residual", "act_embed")

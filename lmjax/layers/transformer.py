@@ -47,7 +47,7 @@ class Block(nn.Module):
         x_BTD += Dropout(self.dropout)(y_BTD, train=train)
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
         x_BTD += Dropout(self.dropout)(y_BTD, train=train)
-        return shard(x_BTD, "batch", "length", "act_embed"), cache
+        return shard(x_BTD, "batch", "residual", "act_embed"), cache
 
     def flop_per_token(self, length: int) -> tuple[float, float]:
         """FLOP of one token's forward pass: (causal attention, full attention)."""

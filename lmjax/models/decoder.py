@@ -58,7 +58,7 @@ class DecoderLM(nn.Module):
                 positions_BT = (start + jnp.arange(T))[None]
             x_BTD += jnp.broadcast_to(self.positions(positions_BT), x_BTD.shape)
         x_BTD = Dropout(self.dropout)(x_BTD, train=train)
-        x_BTD = shard(x_BTD, "batch", "length", "act_embed")
+        x_BTD = shard(x_BTD, "batch", "residual", "act_embed")
         x_BTD, cache = self.blocks(x_BTD, segments_BT=segments_BT, cache=cache, train=train)
         if cache is not None:
             cache = {**cache, "length": cache["length"] + T}
