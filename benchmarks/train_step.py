@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class Worker:
 
     def __init__(self, label: str, python: str, module: str, *arguments: str) -> None:
         self.label = label
+        # A file: a pipe that nobody reads fills up and blocks.
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, as it lives with the process
         environment = os.environ | {"OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [python, "-m", module, *arguments],
@@ -37,7 +40,7 @@ class Worker:
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
         )
         self.ready = self._answer()
@@ -58,10 +61,11 @@ class Worker:
         self.process.wait()
 
     def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None and self.process.stderr is not None
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.label} ended:\n{self.process.stderr.read()[-3000:]}")
+            self.errors.seek(0)
+            raise RuntimeError(f"{self.label} ended:\n{self.errors.read()[-3000:]}")
         return json.loads(line)
 
 

@@ -16,6 +16,7 @@ from lmjax.config import call
 from lmjax.data.text import Text, validation, vocab_size
 from lmjax.data.vocabulary import Characters
 from lmjax.engine.loop import Run
+from lmjax.engine.precision import Precision
 from lmjax.evaluate.losses import Losses
 from lmjax.generate.samples import Samples
 from lmjax.models.gpt import gpt
@@ -68,6 +69,7 @@ def get_config():
         steps=steps,
         batch_size=12,
         layout=call(Layout),
+        precision=call(Precision),
         evals={
             "valid": call(Losses, data=call(validation, of=data), batch_size=64),
             "sample": call(Samples, model=model, prompt=""),

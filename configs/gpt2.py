@@ -11,6 +11,7 @@ from lmjax.config import call
 from lmjax.data.text import Text, validation
 from lmjax.data.vocabulary import BPE
 from lmjax.engine.loop import Run
+from lmjax.engine.precision import Precision
 from lmjax.evaluate.losses import Losses
 from lmjax.models.gpt import gpt2
 from lmjax.optim.presets import adamw
@@ -62,6 +63,7 @@ def get_config():
         steps=steps,
         batch_size=8,
         layout=call(Layout),
+        precision=call(Precision),
         evals={"valid": call(Losses, data=call(validation, of=data), batch_size=8, max_batches=10)},
         eval_every=500,
         save_every=500,

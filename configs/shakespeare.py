@@ -12,6 +12,7 @@ from lmjax.config import call
 from lmjax.data.text import Text, validation
 from lmjax.data.vocabulary import BPE
 from lmjax.engine.loop import Run
+from lmjax.engine.precision import Precision
 from lmjax.evaluate.losses import Losses
 from lmjax.generate.samples import Samples
 from lmjax.models.gpt import gpt
@@ -60,6 +61,7 @@ def get_config():
         steps=steps,
         batch_size=16,
         layout=call(Layout),
+        precision=call(Precision),
         evals={
             "valid": call(Losses, data=call(validation, of=data), batch_size=32),
             "sample": call(Samples, model=model, prompt="**ROMEO**  \n"),

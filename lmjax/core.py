@@ -113,11 +113,16 @@ class Unembedding:
 
 @struct.dataclass
 class DecoderOutput:
-    """What a decoder returns: hidden_BTD, the unembedding that makes logits of it, the cache."""
+    """What a decoder returns: hidden_BTD, the unembedding that makes logits of it, the cache.
+
+    `aux` holds what its layers measure by the way, auxiliary losses among it: totals are sums over
+    layers and tokens, so that they add over batches.
+    """
 
     hidden_BTD: jax.Array
     unembedding: Unembedding
     cache: Any = None
+    aux: dict[str, Mean] = struct.field(default_factory=dict)
 
 
 class Decoder(Protocol):
@@ -261,6 +266,14 @@ class Session(Protocol):
         """The current variables, with the averaged parameters where the optimizer keeps them."""
         ...
 
+    @property
+    def shards(self) -> tuple[int, int]:
+        """(shard, num_shards) of a global batch that this process reads."""
+        ...
+
     def eval_step(self, batch: Batch) -> dict[str, Mean]:
-        """Metrics (the loss among them) of one host batch, compiled once per shape."""
+        """Metrics (the loss among them) of a global batch, of which this process gives its rows.
+
+        Compiled once per shape.
+        """
         ...

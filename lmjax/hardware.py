@@ -17,40 +17,126 @@ class Chip:
       hbm_bytes: memory capacity.
       hbm_bytes_per_s: memory bandwidth.
       source: where the numbers stand.
+      program_bytes: what a program may use of the memory; 0 where that is not known.
+      link_bytes_per_s: one direction of the fast network: of one of the links to a neighbour in a
+        TPU's torus, of all links together to the other GPUs of a node; 0 where not known.
+      slow_bytes_per_s: one direction of the network between slices or nodes; 0 where not known.
     """
 
     flop_per_s: float
     hbm_bytes: float
     hbm_bytes_per_s: float
     source: str
+    program_bytes: float = 0.0
+    link_bytes_per_s: float = 0.0
+    slow_bytes_per_s: float = 0.0
 
 
-def _chip(tflop_per_s: float, gb: float, gb_per_s: float, source: str) -> Chip:
+def _chip(
+    tflop_per_s: float,
+    gb: float,
+    gb_per_s: float,
+    source: str,
+    *,
+    program_gib: float = 0.0,
+    link_gb_per_s: float = 0.0,
+    slow_gb_per_s: float = 0.0,
+) -> Chip:
     return Chip(
         flop_per_s=tflop_per_s * 1e12,
         hbm_bytes=gb * 1e9,
         hbm_bytes_per_s=gb_per_s * 1e9,
         source=source,
+        program_bytes=program_gib * 2**30,
+        link_bytes_per_s=link_gb_per_s * 1e9,
+        slow_bytes_per_s=slow_gb_per_s * 1e9,
     )
 
 
+# What libtpu 0.0.42 lets a program use is the limit in its refusals. The makers' documents say
+# the fast network's bandwidth per chip, both directions of its 4 (2-D torus) or 6 links (3-D)
+# together, which is divided here.
+_V4 = _chip(
+    275,
+    34,
+    1228,
+    "Google Cloud TPU v4 documentation; arXiv:2304.01433, table 4 (links of 50 GB/s)",
+    program_gib=30.75,
+    link_gb_per_s=50,
+    slow_gb_per_s=6.25,
+)
+_V5E = _chip(
+    197,
+    17,
+    819,
+    "Google Cloud TPU v5e documentation (400 GB/s a chip; 6.4 Tb/s for 256 between pods)",
+    program_gib=15.75,
+    link_gb_per_s=50,
+    slow_gb_per_s=3.125,
+)
+_V5P = _chip(
+    459,
+    103,
+    2765,
+    "Google Cloud TPU v5p documentation (1200 GB/s a chip; 50 Gb/s between pods)",
+    program_gib=95.74,
+    link_gb_per_s=100,
+    slow_gb_per_s=6.25,
+)
+_V6E = _chip(
+    918,
+    34,
+    1640,
+    "Google Cloud TPU v6e documentation (800 GB/s a chip; 25.6 Tb/s for 256 between pods)",
+    program_gib=31.25,
+    link_gb_per_s=100,
+    slow_gb_per_s=12.5,
+)
+_TPU7X = _chip(
+    1153.5,
+    103,
+    3690,
+    "Google Cloud TPU7x documentation, half a chip: jax counts its two cores as devices "
+    "(1200 GB/s a chip; 100 Gb/s between pods)",
+    program_gib=94.75,
+    link_gb_per_s=50,
+    slow_gb_per_s=6.25,
+)
+
 # The keys are `jax.Device.device_kind`.
 CHIPS = {
-    "TPU v4": _chip(275, 34, 1228, "Google Cloud TPU v4 documentation; arXiv:2304.01433, table 4"),
-    "TPU v5 lite": _chip(197, 17, 819, "Google Cloud TPU v5e documentation"),
-    "TPU v5e": _chip(197, 17, 819, "Google Cloud TPU v5e documentation"),
-    "TPU v5": _chip(459, 103, 2765, "Google Cloud TPU v5p documentation"),
-    "TPU v5p": _chip(459, 103, 2765, "Google Cloud TPU v5p documentation"),
-    "TPU v6 lite": _chip(918, 34, 1640, "Google Cloud TPU v6e documentation"),
-    "TPU v6e": _chip(918, 34, 1640, "Google Cloud TPU v6e documentation"),
-    "NVIDIA A100-SXM4-40GB": _chip(312, 40, 1555, "NVIDIA A100 data sheet"),
-    "NVIDIA A100-SXM4-80GB": _chip(312, 80, 2039, "NVIDIA A100 data sheet"),
+    "TPU v4": _V4,
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+    "TPU7x": _TPU7X,
+    "NVIDIA A100-SXM4-40GB": _chip(
+        312, 40, 1555, "NVIDIA A100 data sheet", link_gb_per_s=300, slow_gb_per_s=25
+    ),
+    "NVIDIA A100-SXM4-80GB": _chip(
+        312, 80, 2039, "NVIDIA A100 data sheet", link_gb_per_s=300, slow_gb_per_s=25
+    ),
     "NVIDIA A100 80GB PCIe": _chip(312, 80, 1935, "NVIDIA A100 data sheet"),
     "NVIDIA H100 80GB HBM3": _chip(
-        989.4, 80, 3350, "NVIDIA H100 data sheet, SXM, without sparsity"
+        989.4,
+        80,
+        3350,
+        "NVIDIA H100 data sheet, SXM, without sparsity; DGX H100: 400 Gb/s a GPU between nodes",
+        link_gb_per_s=450,
+        slow_gb_per_s=50,
     ),
     "NVIDIA H100 PCIe": _chip(756, 80, 2000, "NVIDIA H100 data sheet, PCIe, without sparsity"),
-    "NVIDIA H200": _chip(989.4, 141, 4800, "NVIDIA H200 data sheet, SXM, without sparsity"),
+    "NVIDIA H200": _chip(
+        989.4,
+        141,
+        4800,
+        "NVIDIA H200 data sheet, SXM, without sparsity; DGX H200: 400 Gb/s a GPU between nodes",
+        link_gb_per_s=450,
+        slow_gb_per_s=50,
+    ),
 }
 
 
@@ -72,7 +158,7 @@ def prepare_cpu() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc's allocator keep what is freed, in huge pages; does nothing where there is no glibc.
+    """Has glibc's allocator keep what is freed, in huge pages; does nothing without glibc.
 
     XLA on a CPU allocates the temporaries of every step anew. By default each large block comes
     from the kernel and goes back to it, which costs a page fault for every 4 KB touched; and Linux

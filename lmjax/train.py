@@ -2,6 +2,9 @@
 
 Exit codes: 0 done; 1 an error of lmjax itself; 2 a bad config, file or flag; 3 the loss is not
 finite; 130 and 143 stopped by Ctrl-C and SIGTERM, saved.
+
+For a run of many processes each starts this same command, with `--coordinator`, `--num_processes`
+and `--process_id`, or with `--distributed` on a cluster that jax knows: docs/many_hosts.md.
 """
 
 from __future__ import annotations
@@ -10,43 +13,37 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 
 from lmjax.config import build_and_resolve, explain, load_config
 from lmjax.errors import UserError
+from lmjax.flags import CONFIG, OVERRIDES, fail, parse_flags
 from lmjax.hardware import prepare_cpu
 
-CONFIG = flags.DEFINE_string(
-    "config", None, "FILE.py[:VARIANT]; --config.a.b=VALUE overrides one of its fields"
-)
+if TYPE_CHECKING:
+    from lmjax.engine.distributed import Processes
+
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run lies; an existing one is continued")
 EXPLAIN = flags.DEFINE_bool("explain", False, "print every value and where it comes from, and stop")
 DEVICES = flags.DEFINE_integer(
-    "devices", 0, "how many devices the CPU shows as; 0 for one", lower_bound=0
+    "devices", 0, "how many devices the CPU shows as, to each process; 0 for one", lower_bound=0
 )
-
-OVERRIDES: dict[str, str] = {}
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Takes `--config.FIELD=VALUE` (or `--config.FIELD VALUE`) out of argv; absl reads the rest."""
-    rest, arguments = [argv[0]], iter(argv[1:])
-    for argument in arguments:
-        name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name.startswith("config."):
-            OVERRIDES[name.removeprefix("config.")] = value if equals else next(arguments, "")
-        else:
-            rest.append(argument)
-    try:
-        left: list[str] = flags.FLAGS(rest)
-    except flags.Error as error:
-        _fail(error, 2)
-    return left
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT where process 0 of many listens, the same for all of them"
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes run together")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    None,
+    "ask the cluster (SLURM, Open MPI, TPU, Kubernetes) which processes run together; "
+    "--nodistributed runs alone, whatever the environment says",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -58,11 +55,16 @@ def main(argv: list[str]) -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    end: Callable[[Exception, int], NoReturn] = fail
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected arguments: {' '.join(argv[1:])}.")
         if not CONFIG.value:
             raise UserError("--config is not given: name a file, as --config=configs/char.py.")
+        processes = None if EXPLAIN.value else _processes()
+        if processes is not None:  # before all else: what one of them does not find ends them all
+            _prepare_jax()
+            end = _connect(processes)
         config = load_config(CONFIG.value, OVERRIDES)
         run, tree = build_and_resolve(config)
         if EXPLAIN.value:
@@ -72,23 +74,55 @@ def main(argv: list[str]) -> None:
         if not WORKDIR.value:
             raise UserError("--workdir is not given: name a folder for the run.")
     except (UserError, OSError) as error:
-        _fail(error, 2)
-    _prepare_jax()
+        end(error, 2)
+    if processes is None:
+        _prepare_jax()
+    import jax
+
+    from lmjax.engine import distributed
     from lmjax.engine.loop import Interrupted, NonFinite, train
 
     try:
         train(run, WORKDIR.value, config=tree)
+        distributed.disconnect()
     except NonFinite as error:
-        _fail(error, 3)
+        end(error, 3)
     except UserError as error:
-        _fail(error, 2)
+        end(error, 2)
     except OSError as error:  # a full or read-only disk
-        _fail(error, 1)
+        end(error, 1)
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
-        _fail(RuntimeError("stopped at once; what was saved before is untouched."), 130)
+        end(RuntimeError("stopped at once; what was saved before is untouched."), 130)
     except Interrupted as stop:
-        print(f"{stop}. To continue: {sys.executable} -m lmjax.train {shlex.join(sys.argv[1:])}")
+        command = f"{sys.executable} -m lmjax.train {shlex.join(sys.argv[1:])}"
+        if processes is None or not jax.process_index():
+            print(f"{stop}. To continue: {command}")
+        distributed.disconnect()
         sys.exit(stop.exit_code)
+
+
+def _processes() -> Processes | None:
+    """The processes that flags and environment ask for."""
+    from lmjax.engine.distributed import processes_from
+
+    return processes_from(
+        coordinator=COORDINATOR.value,
+        num_processes=NUM_PROCESSES.value,
+        process_id=PROCESS_ID.value,
+        detect=DISTRIBUTED.value,
+    )
+
+
+def _connect(processes: Processes) -> Callable[[Exception, int], NoReturn]:
+    """Joins the other processes; returns what ends all of them with an error."""
+    import jax
+
+    from lmjax.engine import distributed
+
+    distributed.connect(processes)
+    if jax.process_index():
+        logging.getLogger("lmjax").setLevel(logging.ERROR)  # the first one speaks for all
+    return distributed.fail
 
 
 def _prepare_jax() -> None:
@@ -102,11 +136,6 @@ def _prepare_jax() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _fail(error: Exception, code: int) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ _CHANGES = [
     ),
     (r"(^|\.)(workers|remat|unroll|vocab_chunk)$", _HARMLESS, ""),
     (
-        r"^(layout\.|microbatches$)",
+        r"^(layout\.|microbatches$|precision\.(products|quantized)$)",
         _CURVE,
         "losses agree to rounding from here on, not bit for bit",
     ),

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lmjax.engine import distributed
 from lmjax.engine.state import TrainState, merge
 from lmjax.errors import UserError
 
@@ -77,10 +78,8 @@ class Checkpoints:
 
     def about(self, step: int) -> Mapping[str, Any]:
         """The JSON part of a checkpoint."""
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
-        )
-        return restored["about"]
+        handler = ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
+        return self._restore(step, "about", handler, ocp.args.JsonRestore())
 
     def restore(
         self, abstract_state: TrainState, check: Callable[[Mapping[str, Any]], None]
@@ -88,12 +87,14 @@ class Checkpoints:
         """Reads the newest whole checkpoint: (step, state, about); None where there is none.
 
         `check` sees the JSON part before any array is read, and may raise. Where a checkpoint
-        cannot be read the one before it is tried; once one has been read, those that could not are
-        set aside (renamed `STEP.unreadable`) with a warning. Raises UserError, and renames nothing,
-        when there are checkpoints and none can be read: the cause may pass.
+        cannot be read, be it by one of many processes, the one before it is tried; once one has
+        been read, those that could not are set aside (renamed `STEP.unreadable`) with a warning.
+        Raises UserError, and renames nothing, when there are checkpoints and none can be read: the
+        cause may pass.
         """
         damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        for step in reversed(distributed.exchange(self.steps())[0]):
+            reason = ""
             try:
                 about = self.about(step)
                 check(about)
@@ -107,7 +108,9 @@ class Checkpoints:
                     ) from error
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise
-                damaged[step] = _first_line(error)
+                reason = _first_line(error)
+            if reasons := [text for text in distributed.exchange(reason) if text]:
+                damaged[step] = reasons[0]
                 continue
             for bad, reason in damaged.items():
                 log.warning(
@@ -166,7 +169,13 @@ class Checkpoints:
         args = ocp.args.PyTreeRestore(
             abstract, restore_args=restore_args, partial_restore=not whole
         )
-        return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+        return self._restore(step, "state", handler, args)
+
+    def _restore(self, step: int, item: str, handler: Any, args: Any) -> Any:
+        # The manager's `restore` has all processes meet: for ever, where one of them cannot read.
+        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
+            return reader.restore(self.directory / str(step) / item, args=args)
 
     def _read_variables(self, step: int) -> dict[str, Any]:
         stored = self._manager.item_metadata(step)["state"].tree
@@ -183,9 +192,11 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         source = self.directory / str(step)
         target = self.directory / f"{step}{UNREADABLE}"
-        if target.exists():
-            shutil.rmtree(target)
-        source.rename(target)
+        if jax.process_index() == 0:
+            if target.exists():
+                shutil.rmtree(target)
+            source.rename(target)
+        distributed.barrier()
         self._manager.reload()
 
     @contextlib.contextmanager
@@ -201,6 +212,14 @@ class Checkpoints:
                 f"({free / 1e9:.2f} GB free). "
                 "Earlier checkpoints are untouched; make room and run the same command again."
             ) from error
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Has orbax wait for no other process."""
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )
 
 
 def _find(tree: Any, name: str) -> tuple[Any, ...] | None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
-import os
 import re
 import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,14 @@ import jax
 import optax
 
 from lmjax.core import Batch, Dataset, Evaluator, Mean, Task, Variables
+from lmjax.engine import distributed
 from lmjax.engine.changes import check_changes
 from lmjax.engine.checkpoint import Checkpoints
-from lmjax.engine.program import Program, compile_program
+from lmjax.engine.precision import Precision
+from lmjax.engine.program import Draft, Program, draft_program
 from lmjax.engine.report import Report
 from lmjax.engine.state import TrainState
+from lmjax.engine.stop import Stop, signals
 from lmjax.errors import UserError
 from lmjax.sharding import Layout, batch_ways
 
@@ -42,6 +44,7 @@ class Run:
       steps: optimizer steps in all.
       batch_size: examples per optimizer step, over all devices.
       layout: devices per mesh axis.
+      precision: of the parameters between steps, and of products with them.
       microbatches: parts into which a batch is cut to save memory.
       trainable: regex over parameter paths; "" trains all of them.
       seed: of initialisation, data order and dropout.
@@ -61,6 +64,7 @@ class Run:
     steps: int
     batch_size: int
     layout: Layout = field(default_factory=Layout)
+    precision: Precision = field(default_factory=Precision)
     microbatches: int = 1
     trainable: str = ""
     seed: int = 0
@@ -126,14 +130,24 @@ class RunSession:
         average = optax.tree_utils.tree_get(self.state.opt_state, "averaged_params")
         return self.state.variables(average)
 
+    @property
+    def shards(self) -> tuple[int, int]:
+        """Which part of a batch this process reads, of how many."""
+        return distributed.local_rows(self.program.mesh)
+
     def eval_step(self, batch: Batch) -> dict[str, Mean]:
-        """Metrics of one host batch."""
+        """Metrics of a host batch, of which this process gives its rows."""
         return self.program.eval_step(self.variables(), self.program.put(batch))
 
 
 def compile_run(run: Run, *, devices: Sequence[jax.Device] | None = None) -> Program:
     """Compiles the program of a run."""
-    return compile_program(
+    return draft_run(run, devices=devices).compile()
+
+
+def draft_run(run: Run, *, devices: Sequence[jax.Device] | None = None) -> Draft:
+    """Traces the program of a run, which `.compile()` of the result then compiles."""
+    return draft_program(
         run.task,
         run.optimizer,
         run.layout,
@@ -142,6 +156,7 @@ def compile_run(run: Run, *, devices: Sequence[jax.Device] | None = None) -> Pro
         microbatches=run.microbatches,
         trainable=run.trainable,
         seed=run.seed,
+        precision=run.precision,
         devices=devices,
     )
 
@@ -155,6 +170,9 @@ def train(
     quiet: bool = False,
 ) -> TrainState:
     """Trains to the last step, from the newest checkpoint in `workdir` if there is one.
+
+    Of many processes (`engine.distributed.connect`) each makes this call, with the same arguments;
+    the first one writes and prints, and all stop after the same step.
 
     Args:
       run: what to do.
@@ -177,23 +195,29 @@ def train(
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}.") from error
     run.data.check()
-    ways = batch_ways(run.layout.mesh(devices))
+    mesh = run.layout.mesh(devices)
+    ways = batch_ways(mesh)
+    distributed.local_rows(mesh)
     for evaluator in run.evals.values():
         evaluator.check(run.task, run.data, ways=ways)
     about: dict[str, Any] = {"config": config or {}, "tokenizer": run.data.tokenizer.to_json()}
     _check_folder(workdir, about["config"])
+    distributed.check_shared(workdir)
     program = compile_run(run, devices=devices)
+    distributed.barrier()  # all have looked at the folder, and compiled
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(
             workdir / "checkpoints", keep_last=run.keep_last, keep_every=run.keep_every
         )
-        stack.callback(checkpoints.close)
+        stack.push(functools.partial(_close, checkpoints))
         state, first = _start(run, program, checkpoints, about)
-        (workdir / "config.json").write_text(json.dumps(about["config"], indent=1) + "\n")
-        (workdir / "tokenizer.json").write_text(about["tokenizer"])
+        distributed.barrier()  # what made the state was compiled as well
+        if jax.process_index() == 0:
+            (workdir / "config.json").write_text(json.dumps(about["config"], indent=1) + "\n")
+            (workdir / "tokenizer.json").write_text(about["tokenizer"])
         report = stack.enter_context(Report(run, program, workdir, first_step=first, quiet=quiet))
         report.start(time.perf_counter() - started)
-        stop = stack.enter_context(_signals())
+        stop = stack.enter_context(signals())
         loop = _Loop(run, program, checkpoints, report, about, stop, state)
         loop.go(first)
         checkpoints.wait()
@@ -210,7 +234,7 @@ class _Loop:
         checkpoints: Checkpoints,
         report: Report,
         about: Mapping[str, Any],
-        stop: list[int],
+        stop: Stop,
         state: TrainState,
     ) -> None:
         self.run, self.program, self.checkpoints = run, program, checkpoints
@@ -223,12 +247,13 @@ class _Loop:
     def go(self, first: int) -> None:
         """Runs steps first + 1 .. run.steps."""
         run, session = self.run, self.session
+        shard, num_shards = session.shards
         batches = iter(
             run.data.batches(
                 batch_size=run.batch_size,
                 seed=run.seed,
-                shard=jax.process_index(),
-                num_shards=jax.process_count(),
+                shard=shard,
+                num_shards=num_shards,
                 start=first,
             )
         )
@@ -243,12 +268,12 @@ class _Loop:
             last = step == run.steps
             if last or step % run.save_every == 0:
                 self.save(step)
-            if self.due(step) and not self.stop:
+            if self.due(step) and not self.stop.after(step):
                 self.evaluate(step)
-            if self.stop:
+            if self.stop.after(step):
                 self.save(step)
                 self.checkpoints.wait()
-                raise Interrupted(self.stop[0], step)
+                raise Interrupted(self.stop.signum, step)
 
     def due(self, step: int) -> bool:
         """Whether an evaluation follows this step."""
@@ -334,27 +359,9 @@ def _start(
     return state, int(saved["data"]["next_step"])
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM; a second one acts at once, as if nothing had caught it."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # a notebook's worker thread cannot take signals
-        return
-
-    def on_signal(signum: int, frame: Any) -> None:
-        del frame
-        if received:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-        received.append(signum)
-        log.warning(
-            "%s: saving after this step; once more to stop at once", signal.Signals(signum).name
-        )
-
-    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def _close(checkpoints: Checkpoints, kind: Any, error: Any, trace: Any) -> None:
+    """Closes what was saved, unless this process alone fails: the others would not come to it."""
+    del error, trace
+    together = kind is None or issubclass(kind, Interrupted | NonFinite)
+    if together or jax.process_count() == 1:
+        checkpoints.close()

@@ -17,8 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmjax import sharding
 from lmjax.core import Batch, Mean, Output, Spec, Task, Variables
+from lmjax.engine.precision import Precision, update
 from lmjax.engine.state import TrainState, create_state
 from lmjax.errors import UserError
+from lmjax.ops import quantize
 from lmjax.sharding import Layout
 
 # XLA:CPU's default of 256 bits halves the speed of products on machines with AVX-512.
@@ -37,6 +39,7 @@ class Program:
       eval_step: (variables, batch) -> metrics of the loss without training; compiled per shape.
       put: this process's rows of a global batch -> global arrays.
       memory: the compiler's account of bytes per device, by kind; empty where it gives none.
+      compiled: the step's executable, for its text and its own accounts.
     """
 
     mesh: Mesh
@@ -46,6 +49,26 @@ class Program:
     eval_step: Callable[[Variables, Batch], dict[str, Mean]]
     put: Callable[[Batch], Batch]
     memory: Mapping[str, int]
+    compiled: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A program that is traced for its mesh and not yet compiled, which takes a second or two.
+
+    Args:
+      mesh: the devices and their axes.
+      abstract_state: shapes, dtypes and shardings of the state.
+      abstract_batch: likewise, of a global batch.
+      jaxpr: the step, of all devices together, as it is before partitioning.
+      compile: makes the program; what the compiler raises, it raises.
+    """
+
+    mesh: Mesh
+    abstract_state: TrainState
+    abstract_batch: Batch
+    jaxpr: Any
+    compile: Callable[[], Program]
 
 
 def compile_program(
@@ -58,9 +81,38 @@ def compile_program(
     microbatches: int = 1,
     trainable: str = "",
     seed: int = 0,
+    precision: Precision = Precision(),  # noqa: B008 (frozen)
     devices: Sequence[jax.Device] | None = None,
 ) -> Program:
-    """Compiles the training step once, from abstract shapes.
+    """Compiles the training step once, from abstract shapes: `draft_program`, compiled."""
+    return draft_program(
+        task,
+        optimizer,
+        layout,
+        example,
+        batch_size=batch_size,
+        microbatches=microbatches,
+        trainable=trainable,
+        seed=seed,
+        precision=precision,
+        devices=devices,
+    ).compile()
+
+
+def draft_program(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    example: Spec,
+    *,
+    batch_size: int,
+    microbatches: int = 1,
+    trainable: str = "",
+    seed: int = 0,
+    precision: Precision = Precision(),  # noqa: B008 (frozen)
+    devices: Sequence[jax.Device] | None = None,
+) -> Draft:
+    """Traces the training step, from abstract shapes.
 
     Args:
       task: the objective.
@@ -71,24 +123,19 @@ def compile_program(
       microbatches: into how many parts a batch is cut to save memory; the gradient is the same.
       trainable: regex over parameter paths; "" trains all.
       seed: of initialisation and of each step's randomness.
+      precision: of the parameters and of products with them.
       devices: by default all.
 
     Raises:
-      UserError: where the layout does not divide the devices, the batch or a parameter.
+      UserError: where the layout does not divide the devices, the batch or a parameter; where the
+        devices have no units for the products.
     """
     mesh = layout.mesh(devices)
-    ways = sharding.batch_ways(mesh)
-    if batch_size % (ways * microbatches):
-        parts = ways * microbatches
-        lower, upper = batch_size // parts * parts, -(-batch_size // parts) * parts
-        near = " or ".join(str(n) for n in dict.fromkeys((lower, upper)) if n)
-        raise UserError(
-            f"batch_size {batch_size} does not divide into {ways} data-parallel parts x "
-            f"{microbatches} microbatches. The nearest that do: {near}."
-        )
-    make = functools.partial(_make_state, task, optimizer, example, trainable, seed)
+    quantize.check_device(precision.products, mesh.devices.flat[0])
+    rows_split = sharding.split_batch(batch_size, microbatches, mesh)
+    make = functools.partial(_make_state, task, optimizer, example, trainable, seed, precision)
     boxed = jax.eval_shape(make)
-    shardings = sharding.shardings_of(boxed, mesh)
+    shardings = sharding.shardings_of(boxed, mesh, also=[rows_split])
     abstract_state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         sharding.unbox(boxed),
@@ -102,49 +149,62 @@ def compile_program(
     replicated = NamedSharding(mesh, PartitionSpec())
     options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
 
+    products = functools.partial(quantize.products, precision.products, where=precision.quantized)
+
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
-        with sharding.use(mesh, layout):
-            return _train_step(task, optimizer, seed, microbatches, state, batch)
-
-    compiled = (
-        jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
-        .lower(abstract_state, abstract_batch)
-        .compile(compiler_options=options)
-    )
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
-        if state.step.is_deleted():
-            raise ValueError(
-                "this state was consumed by an earlier train_step: keep the returned one."
+        with sharding.use(mesh, layout), products():
+            return _train_step(
+                task, optimizer, seed, microbatches, precision, shardings, state, batch
             )
-        try:
-            return compiled(state, batch)
-        except (TypeError, ValueError) as error:
-            changed = differences((abstract_state, abstract_batch), (state, batch))
-            if not changed:
-                raise
-            raise UserError(
-                "the training step is compiled once, and was called with other arrays:\n  "
-                + "\n  ".join(changed)
-            ) from error
+
+    traced = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated)).trace(
+        abstract_state, abstract_batch
+    )
 
     @functools.partial(jax.jit, out_shardings=replicated, compiler_options=options)
     def eval_step(variables: Variables, batch: Batch) -> dict[str, Mean]:
-        with sharding.use(mesh, layout):
+        with sharding.use(mesh, layout), products():
             output = task.loss(variables, batch, jax.random.key(0), train=False)
             return {"loss": output.loss, **output.metrics}
 
-    init = jax.jit(
-        lambda: sharding.unbox(make()), out_shardings=shardings, compiler_options=options
-    )
-    return Program(
+    def compile_step() -> Program:
+        compiled = traced.lower().compile(compiler_options=options)
+
+        def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
+            if state.step.is_deleted():
+                raise ValueError(
+                    "this state was consumed by an earlier train_step: keep the returned one."
+                )
+            try:
+                return compiled(state, batch)
+            except (TypeError, ValueError) as error:
+                changed = differences((abstract_state, abstract_batch), (state, batch))
+                if not changed:
+                    raise
+                raise UserError(
+                    "the training step is compiled once, and was called with other arrays:\n  "
+                    + "\n  ".join(changed)
+                ) from error
+
+        return Program(
+            mesh=mesh,
+            abstract_state=abstract_state,
+            init=jax.jit(
+                lambda: sharding.unbox(make()), out_shardings=shardings, compiler_options=options
+            ),
+            train_step=train_step,
+            eval_step=eval_step,
+            put=functools.partial(_put, rows),
+            memory=_memory(compiled),
+            compiled=compiled,
+        )
+
+    return Draft(
         mesh=mesh,
         abstract_state=abstract_state,
-        init=init,
-        train_step=train_step,
-        eval_step=eval_step,
-        put=functools.partial(_put, rows),
-        memory=_memory(compiled),
+        abstract_batch=abstract_batch,
+        jaxpr=traced.jaxpr,
+        compile=compile_step,
     )
 
 
@@ -185,10 +245,16 @@ def _rngs(seed: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _make_state(
-    task: Task, optimizer: optax.GradientTransformation, example: Spec, trainable: str, seed: int
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    example: Spec,
+    trainable: str,
+    seed: int,
+    precision: Precision,
 ) -> TrainState:
     batch = {k: jnp.zeros((1, *v.shape), v.dtype) for k, v in example.items()}
-    return create_state(task, optimizer, batch, trainable=trainable, rng=_rngs(seed)[0])
+    rng = _rngs(seed)[0]
+    return create_state(task, optimizer, batch, trainable=trainable, rng=rng, precision=precision)
 
 
 def _train_step(
@@ -196,12 +262,14 @@ def _train_step(
     optimizer: optax.GradientTransformation,
     seed: int,
     microbatches: int,
+    precision: Precision,
+    shardings: TrainState,
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, dict[str, Mean]]:
     rng = jax.random.fold_in(_rngs(seed)[1], state.step)
-    gradient, output = _gradient(task, microbatches, state, batch, rng)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    gradient, output = _gradient(task, microbatches, shardings, state, batch, rng)
+    params, opt_state = update(precision, optimizer, gradient, state.params, state.opt_state, rng)
     metrics = {"loss": output.loss, **output.metrics}
     metrics["grad_norm"] = Mean.of(optax.tree.norm(gradient))
     rate = optax.tree_utils.tree_get(opt_state, "learning_rate")
@@ -210,7 +278,7 @@ def _train_step(
     new_state = replace(
         state,
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         model_state={**state.model_state, **output.model_state},
         opt_state=opt_state,
     )
@@ -218,42 +286,71 @@ def _train_step(
 
 
 def _gradient(
-    task: Task, microbatches: int, state: TrainState, batch: Batch, rng: jax.Array
+    task: Task,
+    microbatches: int,
+    shardings: TrainState,
+    state: TrainState,
+    batch: Batch,
+    rng: jax.Array,
 ) -> tuple[Any, Output]:
-    """The gradient of the batch's mean loss, and the batch's summed output."""
+    """The gradient of the batch's mean loss, and the batch's summed output.
+
+    Slices sum their own gradients first, over devices that fast links join and over microbatches;
+    the slow network then carries one sum of what each device holds. (Dropout differs from slice to
+    slice, and so from the dropout of another number of slices.)
+    """
+    sums = functools.partial(_sums, task, microbatches, shardings.params, state)
+    slices = sharding.axis_size("slices")
+    if slices == 1 or state.model_state:
+        gradient, output = sums(batch, rng)
+    else:
+        rows = {k: x.reshape(slices, -1, *x.shape[1:]) for k, x in batch.items()}
+        rngs = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(slices))
+        with sharding.mapped("slices"):
+            by_slice = jax.vmap(sums, spmd_axis_name="slices")(rows, rngs)
+        gradient, output = jax.tree.map(lambda x: jnp.sum(x, axis=0), by_slice)
+    return jax.tree.map(lambda g: g / output.loss.weight, gradient), output
+
+
+def _sums(
+    task: Task, microbatches: int, shardings: Any, state: TrainState, batch: Batch, rng: jax.Array
+) -> tuple[Any, Output]:
+    """The gradient of the batch's total loss, and its output, microbatch after microbatch."""
 
     def total(params: Any, model_state: Any, part: Batch, key: jax.Array) -> tuple[Any, Output]:
         variables = replace(state, model_state=model_state).variables(params)
         output = task.loss(variables, part, key, train=True)
         return output.loss.total, output
 
-    gradient_of = jax.grad(total, has_aux=True)
+    def gradient_of(*args: Any) -> tuple[Any, Output]:
+        gradient, output = jax.grad(total, has_aux=True)(*args)
+        return jax.lax.with_sharding_constraint(gradient, shardings), output
+
     if microbatches == 1:
-        gradient, output = gradient_of(state.params, state.model_state, batch, rng)
-    else:
-        # Rows i, i + m, ... make microbatch i of m: each device then cuts its own rows; none move.
-        parts = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), dict(batch)
-        )
+        return gradient_of(state.params, state.model_state, batch, rng)
+    # Rows i, i + m, ... make microbatch i of m: each device then cuts its own rows; none move.
+    parts = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), dict(batch)
+    )
 
-        def accumulate(carry: tuple[Any, Output], xs: tuple[Any, Batch]) -> tuple[Any, None]:
-            index, part = xs
-            gradient, total = carry
-            key = jax.random.fold_in(rng, index)
-            more, output = gradient_of(state.params, total.model_state, part, key)
-            loss, metrics = jax.tree.map(
-                jnp.add, (total.loss, total.metrics), (output.loss, output.metrics)
-            )
-            summed = Output(loss=loss, metrics=metrics, model_state=output.model_state)
-            return (jax.tree.map(jnp.add, gradient, more), summed), None
-
-        shapes = jax.eval_shape(
-            gradient_of, state.params, state.model_state, jax.tree.map(lambda x: x[0], parts), rng
+    def accumulate(carry: tuple[Any, Output], xs: tuple[Any, Batch]) -> tuple[Any, None]:
+        index, part = xs
+        gradient, total = carry
+        key = jax.random.fold_in(rng, index)
+        more, output = gradient_of(state.params, total.model_state, part, key)
+        loss, metrics = jax.tree.map(
+            jnp.add, (total.loss, total.metrics), (output.loss, output.metrics)
         )
-        nothing, empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        start = (nothing, replace(empty, model_state=state.model_state))
-        (gradient, output), _ = jax.lax.scan(accumulate, start, (jnp.arange(microbatches), parts))
-    return jax.tree.map(lambda g: g / output.loss.weight, gradient), output
+        summed = Output(loss=loss, metrics=metrics, model_state=output.model_state)
+        return (jax.tree.map(jnp.add, gradient, more), summed), None
+
+    shapes = jax.eval_shape(
+        gradient_of, state.params, state.model_state, jax.tree.map(lambda x: x[0], parts), rng
+    )
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes[0])
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
+    start = (nothing, replace(empty, model_state=state.model_state))
+    return jax.lax.scan(accumulate, start, (jnp.arange(microbatches), parts))[0]
 
 
 def _put(rows: NamedSharding, batch: Batch) -> Batch:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lmjax.engine import distributed
 from lmjax.engine.curves import draw_curves, read_metrics
 from lmjax.engine.program import Program
 from lmjax.errors import UserError
@@ -137,9 +138,10 @@ class Report:
                     file.write(f"=== step {step}, {name}\n{sample}\n")
 
     def evaluated(self, step: int) -> bool:
-        """Whether the evaluation after `step` is among the metrics."""
-        rows = read_metrics(self.metrics_path)
-        return any(row["step"] == step and "loss" not in row for row in rows)
+        """Whether the evaluation after `step` is among the metrics, as the first process sees."""
+        rows = read_metrics(self.metrics_path) if self.writes else []
+        found = any(row["step"] == step and "loss" not in row for row in rows)
+        return bool(distributed.exchange(found)[0])
 
     @property
     def metrics_path(self) -> Path:

@@ -12,6 +12,7 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lmjax.core import Task, Variables
+from lmjax.engine.precision import Precision, keep
 from lmjax.errors import UserError
 from lmjax.sharding import Boxed
 
@@ -42,16 +43,18 @@ def create_state(
     *,
     trainable: str,
     rng: jax.Array,
+    precision: Precision,
 ) -> TrainState:
     """Initialises every part of the state; parameters (and what mirrors them) come boxed."""
     variables = dict(task.init(rng, batch))
     params, frozen = split(variables.pop("params"), trainable)
+    params, frozen, opt_state = keep(precision, optimizer, params, frozen)
     return TrainState(
         step=jax.numpy.zeros((), "int32"),
         params=params,
         frozen=frozen,
         model_state=variables,
-        opt_state=optimizer.init(params),
+        opt_state=opt_state,
     )
 
 

@@ -47,8 +47,9 @@ class Losses:
 
     def __call__(self, session: Session) -> Mapping[str, float | str]:
         """Numbers by the metric's name."""
+        shard, num_shards = session.shards
         batches = self.data.epoch_batches(
-            batch_size=self.batch_size, shard=jax.process_index(), num_shards=jax.process_count()
+            batch_size=self.batch_size, shard=shard, num_shards=num_shards
         )
         sums: dict[str, tuple[float, float]] = {}
         for batch in itertools.islice(batches, self.max_batches or None):

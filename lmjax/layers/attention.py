@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lmjax.layers.linear import Linear
+from lmjax.layers.remat import named
 from lmjax.ops.attention import attention
 from lmjax.ops.matmul import activation_dtype
+from lmjax.ops.rope import Rope, rotate
 from lmjax.sharding import shard
 
 
@@ -30,6 +32,8 @@ class Attention(nn.Module):
     Args:
       out_std: standard deviation of the output projection's initialisation.
       dropout: rate on the attention probabilities.
+      rope: rotates queries and keys by their positions; None where positions are told otherwise.
+      first_layer: where this stack's layers begin in the cache, if others come before it.
     """
 
     dim: int
@@ -40,6 +44,8 @@ class Attention(nn.Module):
     init_std: float = 0.02
     out_std: float = 0.02
     use_bias: bool = True
+    rope: Rope | None = None
+    first_layer: int = 0
     dtype: str = "float32"
 
     @nn.compact
@@ -47,12 +53,16 @@ class Attention(nn.Module):
         self,
         x_BTD: jax.Array,
         *,
+        positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         cache: Any = None,
         layer: jax.Array | None = None,
         train: bool = False,
     ) -> tuple[jax.Array, Any]:
-        """Attends within x, and to what the cache of this layer holds; returns (y_BTD, cache)."""
+        """Attends within x, and to what the cache of this layer holds; returns (y_BTD, cache).
+
+        `positions_BT` count from 0, and on from the cache, where they are not given.
+        """
         B, T, _ = x_BTD.shape
         G, R, K = self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim
         qkv_BTGRK = Linear(
@@ -66,6 +76,11 @@ class Attention(nn.Module):
         q_BTHK = qkv_BTGRK[:, :, :, :R].reshape(B, T, G * R, K)
         k_BTGK, v_BTGK = qkv_BTGRK[:, :, :, R], qkv_BTGRK[:, :, :, R + 1]
         q_BTHK = shard(q_BTHK, "batch", "length", "act_heads", None)
+        if self.rope is not None:
+            if positions_BT is None:
+                positions_BT = ((0 if cache is None else cache["length"]) + jnp.arange(T))[None]
+            q_BTHK = rotate(q_BTHK, positions_BT, self.rope)
+            k_BTGK = rotate(k_BTGK, positions_BT, self.rope)
         if cache is None:
             use_dropout = train and self.dropout > 0
             y_BTHK = attention(
@@ -81,7 +96,7 @@ class Attention(nn.Module):
             )
         else:
             assert layer is not None  # a cache holds all layers: which one is this?
-            offset = cache["length"]
+            layer, offset = layer + self.first_layer, cache["length"]
             cache = dict(cache)
             for name, new in (("key", k_BTGK), ("value", v_BTGK)):
                 rows_LBSGK = cache[name]
@@ -102,7 +117,7 @@ class Attention(nn.Module):
             init_std=self.out_std,
             dtype=self.dtype,
             name="out",
-        )(y_BTHK)
+        )(named(y_BTHK, "attention"))
         return y_BTD, cache
 
     def init_cache(self, num_layers: int, batch_size: int, length: int) -> dict[str, jax.Array]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from lmjax import sharding
 from lmjax.core import Unembedding
+from lmjax.ops.lookup import lookup
 from lmjax.ops.matmul import activation_dtype
-from lmjax.sharding import shard
 
 
 class Embed(nn.Module):
@@ -39,11 +38,38 @@ class Embed(nn.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Shapes: [B, T] -> [B, T, D]."""
-        return _rows(shard(self.table_VD, "act_vocab", "act_embed"), tokens_BT, self.dtype)
+        return lookup(self.table_VD, tokens_BT, rows="vocab", dtype=activation_dtype(self.dtype))
 
     def unembedding(self) -> Unembedding:
         """The tied output layer."""
         return Unembedding(self.table_VD, self.vocab_size, self.dtype)
+
+
+class Unembed(nn.Module):
+    """An output layer of its own: a row for each token, and no bias.
+
+    The table has `vocab_size` rows, rounded up to `vocab_multiple`; the padding is never given
+    probability (`Unembedding`).
+    """
+
+    vocab_size: int
+    dim: int
+    vocab_multiple: int = 1
+    init_std: float = 0.02
+    dtype: str = "float32"
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table, padding included."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @nn.compact
+    def __call__(self) -> Unembedding:
+        """The map from hidden states to logits."""
+        init = nn.initializers.normal(self.init_std)
+        shape, axes = (self.num_rows, self.dim), ("vocab", "embed")
+        table_VD = sharding.param(self, "table", init, shape, axes)
+        return Unembedding(table_VD, self.vocab_size, self.dtype)
 
 
 class LearnedPositions(nn.Module):
@@ -60,10 +86,4 @@ class LearnedPositions(nn.Module):
         init = nn.initializers.normal(self.init_std)
         shape, axes = (self.max_length, self.dim), ("positions", "embed")
         table_TD = sharding.param(self, "table", init, shape, axes)
-        return _rows(shard(table_TD, "positions", "act_embed"), positions_BT, self.dtype)
-
-
-def _rows(table_ND: jax.Array, index_BT: jax.Array, dtype: str) -> jax.Array:
-    """Looks rows up in a table that is whole along D: a lookup in a sharded row moves it all."""
-    rows_BTD = jnp.take(table_ND, index_BT, axis=0).astype(activation_dtype(dtype))
-    return rows_BTD if index_BT.shape[0] == 1 else shard(rows_BTD, "batch", "residual", "act_embed")
+        return lookup(table_TD, positions_BT, rows="positions", dtype=activation_dtype(self.dtype))

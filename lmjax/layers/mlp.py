@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
+from lmjax.core import Mean
 from lmjax.layers.linear import Linear
-from lmjax.ops.activations import gelu
+from lmjax.ops.activations import gelu, swiglu
 from lmjax.sharding import shard
 
 
@@ -26,8 +27,8 @@ class GeluMlp(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Shapes: [B, T, D] -> [B, T, D]."""
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
+        """Returns (y_BTD, {}): a dense MLP has nothing beside its output to report."""
         h_BTF = Linear(
             features=(self.hidden,),
             axes=("embed", "mlp"),
@@ -36,14 +37,61 @@ class GeluMlp(nn.Module):
             name="up",
         )(x_BTD)
         h_BTF = gelu(shard(h_BTF, "batch", "length", "act_mlp"), dtype=self.dtype)
-        return Linear(
+        y_BTD = Linear(
             features=(self.dim,),
             axes=("mlp", "embed"),
             init_std=self.out_std,
             dtype=self.dtype,
             name="down",
         )(h_BTF)
+        return y_BTD, {}
 
     def flop_per_token(self) -> float:
         """FLOP of one token's forward pass."""
         return 4.0 * self.dim * self.hidden
+
+
+class SwiGlu(nn.Module):
+    """(silu(x W1) * x W2) W3, without biases.
+
+    Source: Shazeer, arXiv:2002.05202, equation 6.
+
+    Args:
+      out_std: standard deviation of the initialisation of W3.
+    """
+
+    dim: int
+    hidden: int
+    init_std: float = 0.02
+    out_std: float = 0.02
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
+        """Returns (y_BTD, {}): a dense MLP has nothing beside its output to report."""
+        gate_BTF, up_BTF = (
+            Linear(
+                features=(self.hidden,),
+                axes=("embed", "mlp"),
+                use_bias=False,
+                init_std=self.init_std,
+                dtype=self.dtype,
+                name=name,
+            )(x_BTD)
+            for name in ("gate", "up")
+        )
+        gate_BTF = shard(gate_BTF, "batch", "length", "act_mlp")
+        up_BTF = shard(up_BTF, "batch", "length", "act_mlp")
+        y_BTD = Linear(
+            features=(self.dim,),
+            axes=("mlp", "embed"),
+            use_bias=False,
+            init_std=self.out_std,
+            dtype=self.dtype,
+            name="down",
+        )(swiglu(gate_BTF, up_BTF, dtype=self.dtype))
+        return y_BTD, {}
+
+    def flop_per_token(self) -> float:
+        """FLOP of one token's forward pass."""
+        return 6.0 * self.dim * self.hidden

@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 
 from lmjax import sharding
-from lmjax.ops.norm import layer_norm
+from lmjax.ops.norm import layer_norm, rms_norm
 
 
 class LayerNorm(nn.Module):
@@ -26,3 +26,19 @@ class LayerNorm(nn.Module):
         scale = sharding.param(self, "scale", nn.initializers.ones, dim, ("norm",))
         bias = sharding.param(self, "bias", nn.initializers.zeros, dim, ("norm",))
         return layer_norm(x_BTD, scale, bias, epsilon=self.epsilon, dtype=self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square of the last axis, statistics in float32, then a scale.
+
+    Source: Zhang & Sennrich, arXiv:1910.07467, equation 4. The scale starts at 1.
+    """
+
+    epsilon: float = 1e-5
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Shapes: [B, T, D] -> [B, T, D]."""
+        scale = sharding.param(self, "scale", nn.initializers.ones, x_BTD.shape[-1:], ("norm",))
+        return rms_norm(x_BTD, scale, epsilon=self.epsilon, dtype=self.dtype)

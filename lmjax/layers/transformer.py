@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import Scope
 
+from lmjax import sharding
+from lmjax.core import Mean
 from lmjax.layers.attention import Attention
 from lmjax.layers.dropout import Dropout
-from lmjax.layers.mlp import GeluMlp
+from lmjax.layers.pipeline import pipelined
+from lmjax.layers.remat import Remat, named, rule
 from lmjax.sharding import shard
-
-Remat = Literal["none", "dots", "full"]
 
 
 class Block(nn.Module):
-    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), dropout on both branches."""
+    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), dropout on both branches.
+
+    What lies between the products, norms and residual stream, is split along the length over
+    `tensor` too; the products gather and scatter it (Korthikanti et al., arXiv:2205.05198, section
+    4.2.2).
+    """
 
     attention_norm: nn.Module
     attention: Attention
     mlp_norm: nn.Module
-    mlp: GeluMlp
+    mlp: nn.Module
     dropout: float = 0.0
 
     @nn.compact
@@ -31,23 +39,26 @@ class Block(nn.Module):
         self,
         x_BTD: jax.Array,
         *,
+        positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         cache: Any = None,
         layer: jax.Array | None = None,
         train: bool = False,
-    ) -> tuple[jax.Array, Any]:
-        """Returns (x_BTD, cache)."""
+    ) -> tuple[jax.Array, Any, dict[str, Mean]]:
+        """Returns (x_BTD, cache, aux); aux is what the MLP reports beside its output."""
+        x_BTD = named(x_BTD, "block")
         y_BTD, cache = self.attention(
-            self.attention_norm(x_BTD),
+            _split(self.attention_norm(x_BTD)),
+            positions_BT=positions_BT,
             segments_BT=segments_BT,
             cache=cache,
             layer=layer,
             train=train,
         )
-        x_BTD += Dropout(self.dropout)(y_BTD, train=train)
-        y_BTD = self.mlp(self.mlp_norm(x_BTD))
-        x_BTD += Dropout(self.dropout)(y_BTD, train=train)
-        return shard(x_BTD, "batch", "residual", "act_embed"), cache
+        x_BTD += Dropout(self.dropout)(_split(y_BTD), train=train)
+        y_BTD, aux = self.mlp(_split(self.mlp_norm(x_BTD)))
+        x_BTD += Dropout(self.dropout)(_split(y_BTD), train=train)
+        return _split(x_BTD), cache, aux
 
     def flop_per_token(self, length: int) -> tuple[float, float]:
         """FLOP of one token's forward pass: (causal attention, full attention)."""
@@ -58,10 +69,16 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """`num_layers` blocks of the same shape, their parameters stacked on a leading axis.
 
+    On a mesh with several stages and without a cache they run as a pipeline (`layers.pipeline`).
+    The numbers are those of the loop, but for dropout, which draws other masks, and for what the
+    MLP's aux measures of a microbatch as a whole.
+
     Args:
       block: the template; its parameters get the axis `layers` in front.
       remat: what the backward pass computes again: nothing ('none'), all but the products with
-        weights ('dots'), or everything inside a block ('full').
+        weights ('dots'), all but queries, keys, values and what attention makes of them
+        ('attention'), everything inside a block ('full'), or that with the blocks' inputs waiting
+        in the host's memory ('offload'); by tensor: `layers.remat.Tensors`.
       unroll: how many layers stand in the body of the loop: 1 compiles fastest, `num_layers` leaves
         no loop and runs fastest. The parameters and the numbers are the same.
     """
@@ -73,31 +90,83 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, *, segments_BT: jax.Array | None, cache: Any, train: bool
-    ) -> tuple[jax.Array, Any]:
-        """Returns (x_BTD, cache)."""
+        self,
+        x_BTD: jax.Array,
+        *,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        cache: Any = None,
+        train: bool = False,
+    ) -> tuple[jax.Array, Any, dict[str, Mean]]:
+        """Returns (x_BTD, cache, aux), the Means of aux added over the layers."""
+        if cache is None and sharding.pipeline().stages > 1 and not self.is_initializing():
+            along = {"positions_BT": positions_BT, "segments_BT": segments_BT}
+            x_BTD, aux = self._pipelined(x_BTD, along, train)
+            return x_BTD, None, aux
 
-        def body(block: Any, carry: Any, layer: jax.Array) -> tuple[Any, None]:
+        def body(block: Any, carry: Any, layer: jax.Array) -> tuple[Any, dict[str, Mean]]:
             x_BTD, cache = carry
-            return block(
-                x_BTD, segments_BT=segments_BT, cache=cache, layer=layer, train=train
-            ), None
+            x_BTD, cache, aux = block(
+                x_BTD,
+                positions_BT=positions_BT,
+                segments_BT=segments_BT,
+                cache=cache,
+                layer=layer,
+                train=train,
+            )
+            return (x_BTD, cache), aux
 
+        policy = rule(self.remat) if cache is None else None
         loop: Callable[..., Any] = nn.scan(
-            remat(body, self.remat) if cache is None else body,
+            body if policy is None else nn.remat(body, policy=policy, prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.num_layers,
             unroll=min(self.unroll, self.num_layers),
             metadata_params={"axis": "layers"},
         )
-        carry, _ = loop(self.block, (x_BTD, cache), jnp.arange(self.num_layers))
-        return carry
+        layers = jnp.arange(self.num_layers)
+        (x_BTD, cache), aux = loop(self.block, (x_BTD, cache), layers)
+        return x_BTD, cache, jax.tree.map(lambda total: jnp.sum(total, axis=0), aux)
+
+    def _pipelined(
+        self, x_BTD: jax.Array, along: dict[str, jax.Array | None], train: bool
+    ) -> tuple[jax.Array, dict[str, Mean]]:
+        template, path = self.block.unbind()[0], self.block.path
+        rng = self.make_rng("dropout") if train and self.has_rng("dropout") else None
+
+        def layer(
+            params: Any, x: jax.Array, layer: jax.Array, microbatch: jax.Array, along: Any
+        ) -> tuple[jax.Array, dict[str, Mean]]:
+            rngs = None
+            if rng is not None:
+                rngs = {"dropout": jax.random.fold_in(jax.random.fold_in(rng, microbatch), layer)}
+            # The block as it stands in this module, by path too, on the parameters of one layer.
+            scope = Scope({"params": params}, rngs=rngs, name=path[-1], path=path)
+            x, _, aux = template.clone(parent=scope)(x, layer=layer, train=train, **along)
+            return x, aux
+
+        def axes() -> Any:
+            boxed = jax.eval_shape(partial(template.init, train=False), jax.random.key(0), x_BTD)
+            is_box = lambda x: isinstance(x, sharding.Boxed)  # noqa: E731
+            return jax.tree.map(lambda x: x.axes, boxed["params"], is_leaf=is_box)
+
+        policy = rule(self.remat)
+        return pipelined(
+            layer,
+            sharding.unbox(self.variables["params"]["block"]),
+            x_BTD,
+            {name: x for name, x in along.items() if x is not None},
+            num_layers=self.num_layers,
+            axes=axes,
+            plan=sharding.pipeline(),
+            wrap=partial(jax.checkpoint, policy=policy, prevent_cse=False)
+            if policy
+            else lambda layer: layer,
+            unroll=self.unroll,
+        )
 
 
-def remat(function: Callable[..., Any], policy: Remat) -> Callable[..., Any]:
-    """Wraps `function(module, ...)`: its backward pass computes again what `policy` drops."""
-    if policy == "none":
-        return function
-    keep = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[policy]
-    return nn.remat(function, policy=keep, prevent_cse=False)
+def _split(x_BTD: jax.Array) -> jax.Array:
+    """`x_BTD`, split as the residual stream is."""
+    return shard(x_BTD, "batch", "residual", "act_embed")

@@ -11,26 +11,48 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lmjax.core import DecoderOutput
+from lmjax.core import DecoderOutput, Mean
 from lmjax.errors import UserError
+from lmjax.layers.attention import Attention
 from lmjax.layers.dropout import Dropout
-from lmjax.layers.embed import Embed, LearnedPositions
+from lmjax.layers.embed import Embed, LearnedPositions, Unembed
 from lmjax.layers.transformer import Stack
 from lmjax.sharding import shard
+
+
+class Stacks(nn.Module):
+    """Stacks of unlike blocks, one after another; their attention has one shape, and one cache.
+
+    The `first_layer` of each part's attention says where its layers begin in the cache.
+    """
+
+    parts: tuple[Stack, ...]
+
+    def __call__(
+        self, x_BTD: jax.Array, *, cache: Any = None, **arguments: Any
+    ) -> tuple[jax.Array, Any, dict[str, Mean]]:
+        """Returns (x_BTD, cache, aux), the Means of aux added over the parts."""
+        aux: dict[str, Mean] = {}
+        for part in self.parts:
+            x_BTD, cache, more = part(x_BTD, cache=cache, **arguments)
+            aux |= {name: aux[name] + mean if name in aux else mean for name, mean in more.items()}
+        return x_BTD, cache, aux
 
 
 class DecoderLM(nn.Module):
     """Embeds tokens (and positions, if given), runs the blocks, normalises; honours `core.Decoder`.
 
-    Logits come from the tied embedding, by way of the output's `unembedding`.
+    Logits come from `unembed`, or where there is none from the tied embedding, by way of the
+    output's `unembedding`.
     """
 
     embed: Embed
     positions: LearnedPositions | None
-    blocks: Stack
+    blocks: Stack | Stacks
     norm: nn.Module
     max_length: int
     dropout: float = 0.0
+    unembed: Unembed | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -53,29 +75,41 @@ class DecoderLM(nn.Module):
             raise UserError(f"{T} tokens are longer than the model's max_length {self.max_length}.")
         x_BTD = self.embed(tokens_BT)
         if self.positions is not None:
-            if positions_BT is None:
-                start = 0 if cache is None else cache["length"]
-                positions_BT = (start + jnp.arange(T))[None]
-            x_BTD += jnp.broadcast_to(self.positions(positions_BT), x_BTD.shape)
+            start = 0 if cache is None else cache["length"]
+            index_BT = (start + jnp.arange(T))[None] if positions_BT is None else positions_BT
+            x_BTD += jnp.broadcast_to(self.positions(index_BT), x_BTD.shape)
         x_BTD = Dropout(self.dropout)(x_BTD, train=train)
         x_BTD = shard(x_BTD, "batch", "residual", "act_embed")
-        x_BTD, cache = self.blocks(x_BTD, segments_BT=segments_BT, cache=cache, train=train)
+        x_BTD, cache, aux = self.blocks(
+            x_BTD, positions_BT=positions_BT, segments_BT=segments_BT, cache=cache, train=train
+        )
         if cache is not None:
             cache = {**cache, "length": cache["length"] + T}
-        return DecoderOutput(self.norm(x_BTD), self.embed.unembedding(), cache)
+        unembedding = self.embed.unembedding() if self.unembed is None else self.unembed()
+        return DecoderOutput(self.norm(x_BTD), unembedding, cache, aux)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The blocks as stacks of like layers, in their order."""
+        return self.blocks.parts if isinstance(self.blocks, Stacks) else (self.blocks,)
 
     def init_cache(self, batch_size: int, length: int) -> Any:
         """An empty cache for `length` tokens."""
-        return self.blocks.block.attention.init_cache(self.blocks.num_layers, batch_size, length)
+        num_layers = sum(stack.num_layers for stack in self.stacks)
+        attention: Attention = self.stacks[0].block.attention
+        return attention.init_cache(num_layers, batch_size, length)
 
     def count_params(self, params: Any) -> dict[str, int]:
         """Parameters by part; rows that pad the vocabulary are left out."""
         counts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
-        counts["embed"] -= (self.embed.num_rows - self.embed.vocab_size) * self.embed.dim
+        for name, table in (("embed", self.embed), ("unembed", self.unembed)):
+            if table is not None:
+                counts[name] -= (table.num_rows - table.vocab_size) * table.dim
         return counts
 
     def flop_per_token(self, length: int) -> tuple[float, float]:
         """FLOP of one token's forward pass, logits included: (causal attention, full attention)."""
         logits = 2.0 * self.embed.dim * self.vocab_size
-        causal, full = self.blocks.block.flop_per_token(length)
-        return self.blocks.num_layers * causal + logits, self.blocks.num_layers * full + logits
+        costs = [(s.num_layers, *s.block.flop_per_token(length)) for s in self.stacks]
+        causal = sum(layers * flop for layers, flop, _ in costs)
+        return causal + logits, sum(layers * flop for layers, _, flop in costs) + logits

@@ -44,3 +44,36 @@ def _gate(x: jax.Array) -> jax.Array:
 
 
 _gelu.defvjp(_gelu_fwd, _gelu_bwd)
+
+
+def swiglu(gate: jax.Array, up: jax.Array, *, dtype: str = "float32") -> jax.Array:
+    """silu(gate) * up, silu(x) = x * sigmoid(x).
+
+    Source: Shazeer, arXiv:2002.05202, equation 6. Only gate and up are kept for the backward,
+    rounded to `dtype`; the result has the dtype of `up`.
+    """
+    return _swiglu(gate, up, jnp.dtype(dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _swiglu(gate: jax.Array, up: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    gate32 = gate.astype(jnp.float32)
+    return (gate32 * jax.nn.sigmoid(gate32) * up.astype(jnp.float32)).astype(up.dtype)
+
+
+def _swiglu_fwd(
+    gate: jax.Array, up: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _swiglu(gate, up, dtype), (gate.astype(dtype), up.astype(dtype))
+
+
+def _swiglu_bwd(
+    dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    gate, up = (x.astype(jnp.float32) for x in residuals)
+    dy32, open_ = dy.astype(jnp.float32), jax.nn.sigmoid(gate)
+    dgate = dy32 * up * open_ * (1 + gate * (1 - open_))
+    return dgate.astype(dy.dtype), (dy32 * gate * open_).astype(dy.dtype)
+
+
+_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)

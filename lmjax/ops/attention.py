@@ -11,9 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from lmjax import sharding
-from lmjax.ops import attention_cpu
+from lmjax.errors import UserError
+from lmjax.ops import attention_cpu, attention_ring, attention_tpu
+from lmjax.ops.attention_ring import Segments
 from lmjax.ops.dropout import dropout_mask
 from lmjax.ops.matmul import activation_dtype
+
+Names = tuple[str | None, ...]
+Implementation = Literal["auto", "xla", "cudnn", "splash", "ring"]
 
 
 def attention(
@@ -29,7 +34,7 @@ def attention(
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
     dtype: str = "float32",
-    implementation: Literal["auto", "xla", "cudnn"] = "auto",
+    implementation: Implementation = "auto",
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K) + mask) v, as out_BTHK; a query that sees no key gets zeros.
 
@@ -40,53 +45,170 @@ def attention(
       causal: query i sees keys j <= q_offset + i only.
       q_offset: index among the keys of the first query, a scalar or one per row; in decoding, how
         many tokens the cache held before these. Slots after the last query are thus unseen.
-      segments_q_BT, segments_kv_BS: a query sees keys of its own segment only; give both.
+      segments_q_BT, segments_kv_BS: a query sees keys of its own segment only; give both. The
+        smallest int32 is no segment: kernels need it for keys that are not filled.
       kv_length: how many of the keys are filled, a scalar or one per row.
-      implementation: "auto" takes cuDNN's flash attention on a GPU where it applies (bf16 or
-        fp16, no dropout, no offset), our own gradient on a CPU, and else plain XLA.
+      implementation: "auto" takes, for queries and keys of the same positions, the ring over the
+        mesh axis `context` where it has more than one device, the splash kernel on a TPU (no
+        dropout, 128 tokens or more) and cuDNN's flash attention on a GPU (bf16 or fp16, no
+        dropout); else our own gradient on a CPU, and plain XLA elsewhere.
+
+    Raises:
+      UserError: for dropout where `context` splits the sequence (its mask must not depend on the
+        layout, and no device of the ring could draw its part alone), and for a length that
+        `context` does not divide.
     """
     if (segments_q_BT is None) != (segments_kv_BS is None):
         raise ValueError("segments of queries and of keys go together: give both or neither")
     H, G = q_BTHK.shape[2], k_BSGK.shape[2]
     if H % G:
         raise ValueError(f"{H} query heads are no multiple of {G} key-value heads")
-    out_dtype = activation_dtype(dtype)
+    out_dtype, operand = activation_dtype(dtype), jnp.dtype(dtype)
     aligned = isinstance(q_offset, int) and q_offset == 0
     if implementation == "auto":
-        fits = aligned and dtype in ("bfloat16", "float16") and not dropout_rate
-        fits = fits and q_BTHK.shape[-1] % 8 == 0 and q_BTHK.shape[1] > 1
-        implementation = "cudnn" if fits and sharding.platform() == "gpu" else "xla"
+        implementation = _choose(q_BTHK, k_BSGK, aligned, dropout_rate, dtype)
     q, k, v = q_BTHK, k_BSGK, v_BSGK
-    if implementation == "cudnn":
-        if dropout_rate or not aligned:
-            raise ValueError("cuDNN attention knows neither dropout nor q_offset: use 'auto'")
-        mask_BTS = _mask(q, k, False, segments_q_BT, segments_kv_BS, 0, kv_length)
-        out_BTHK = jax.nn.dot_product_attention(
-            q.astype(dtype),
-            k.astype(dtype),
-            v.astype(dtype),
-            mask=None if mask_BTS is None else mask_BTS[:, None],
-            is_causal=causal,
-            implementation="cudnn",
-        )
-        return _zero_unseeing(out_BTHK, mask_BTS, causal).astype(out_dtype)
+    if implementation in ("cudnn", "splash", "ring"):
+        _check_kernel(implementation, q, k, aligned, dropout_rate)
+        segments = _segments(q, k, segments_q_BT, segments_kv_BS, kv_length)
+        if implementation == "ring":
+            return attention_ring.attention(
+                q, k, v, causal=causal, segments=segments, operand=operand, out_dtype=out_dtype
+            )
+        flash = _attention_cudnn if implementation == "cudnn" else attention_tpu.attention
+        out_BTHK = flash(q, k, v, causal=causal, segments=segments, operand=operand)
+        return _zero_unseeing(out_BTHK, segments, causal).astype(out_dtype)
     if implementation != "xla":
-        raise ValueError(f"implementation is {implementation!r}: 'auto', 'xla' or 'cudnn'")
+        raise ValueError(
+            f"implementation is {implementation!r}: 'auto', 'xla', 'cudnn', 'splash' or 'ring'"
+        )
     mask_BTS = _mask(q, k, causal, segments_q_BT, segments_kv_BS, q_offset, kv_length)
     keep_BHTS, keep_scale = None, 1.0
     if dropout_rate:
         shape = (q.shape[0], H, q.shape[1], k.shape[1])
         keep_BHTS, keep_scale = dropout_mask(dropout_rng, shape, dropout_rate)
-    if sharding.platform() == "cpu" and q.shape[1] > 1:
-        k, v = (jnp.repeat(a, H // G, axis=2) if H > G else a for a in (k, v))
-        triangular = causal and aligned and q.shape[1] == k.shape[1]
-        operand = jnp.dtype(dtype)
+    on_cpu = sharding.platform() == "cpu" and q.shape[1] > 1
+    triangular = causal and aligned and q.shape[1] == k.shape[1]
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array) -> jax.Array:
+        rest = iter(given)
+        mask = None if mask_BTS is None else next(rest)
+        keep = None if keep_BHTS is None else next(rest)
+        if not on_cpu:
+            return _attention_xla(q, k, v, mask, keep, keep_scale, operand).astype(out_dtype)
+        k, v = (jnp.repeat(x, H // G, axis=2) if H > G else x for x in (k, v))
         return attention_cpu.attention(
-            q, k, v, mask_BTS, keep_BHTS, keep_scale, operand, triangular=triangular
+            q, k, v, mask, keep, keep_scale, operand, triangular=triangular
         )
-    return _attention_xla(q, k, v, mask_BTS, keep_BHTS, keep_scale, jnp.dtype(dtype)).astype(
-        out_dtype
-    )
+
+    arrays: list[tuple[jax.Array, Names]] = [(q, _QUERIES), (k, _KEYS), (v, _KEYS)]
+    if mask_BTS is not None:
+        arrays.append((mask_BTS, (None if mask_BTS.shape[0] == 1 else "batch", None, None)))
+    if keep_BHTS is not None:
+        arrays.append((keep_BHTS, ("batch", "act_heads", None, None)))
+    given, names = zip(*arrays, strict=True)
+    if sharding.axis_size("context") == 1 and _divides(q, k):
+        return sharding.per_device(local, names, _QUERIES)(*given)
+    return local(*given)
+
+
+# Rows and heads are independent: each device has its own, and all of the sequence.
+_QUERIES: Names = ("batch", None, "act_heads", None)
+_KEYS: Names = ("batch", None, "act_kv_heads", None)
+
+
+def _divides(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
+    """Whether all devices of the mesh in use have equally many rows and heads."""
+    B, _, H, _ = q_BTHK.shape
+    parts = ((B, "batch"), (H, "act_heads"), (k_BSGK.shape[2], "act_kv_heads"))
+    return not any(size % sharding.ways(name) for size, name in parts)
+
+
+def _choose(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, aligned: bool, dropout_rate: float, dtype: str
+) -> Implementation:
+    """What "auto" means for these arguments on the mesh in use."""
+    T, S, K = q_BTHK.shape[1], k_BSGK.shape[1], q_BTHK.shape[-1]
+    if not aligned or T == 1:
+        return "xla"
+    if sharding.axis_size("context") > 1:
+        return "ring" if T == S else "xla"
+    if dropout_rate or not _divides(q_BTHK, k_BSGK):
+        return "xla"
+    platform = sharding.platform()
+    if platform == "gpu" and dtype in ("bfloat16", "float16") and K % 8 == 0:
+        return "cudnn"
+    if platform == "tpu" and dtype in ("bfloat16", "float32") and T == S and attention_tpu.fits(T):
+        return "splash"
+    return "xla"
+
+
+def _check_kernel(
+    name: str, q_BTHK: jax.Array, k_BSGK: jax.Array, aligned: bool, dropout_rate: float
+) -> None:
+    """Raises where what was asked for is not what a kernel computes."""
+    context = sharding.axis_size("context")
+    if name == "ring" and dropout_rate:
+        raise UserError(
+            f"dropout of {dropout_rate} on attention probabilities needs context=1, and the mesh "
+            f"has context={context}: set the attention's dropout to 0, or context=1."
+        )
+    if dropout_rate or not aligned:
+        raise ValueError(f"{name} attention knows neither dropout nor q_offset: use 'auto'")
+    if name != "cudnn" and q_BTHK.shape[1] != k_BSGK.shape[1]:
+        raise ValueError(f"{name} attention wants as many queries as keys: use 'auto'")
+    if (name == "ring") != (context > 1):
+        raise ValueError(f"{name} attention is not for a mesh with context={context}: use 'auto'")
+
+
+def _segments(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    segments_q_BT: jax.Array | None,
+    segments_kv_BS: jax.Array | None,
+    kv_length: jax.Array | int | None,
+) -> Segments:
+    """Segments of queries and of keys, unfilled keys in one that no query has; () for no mask."""
+    if segments_q_BT is None or segments_kv_BS is None:
+        if kv_length is None:
+            return ()
+        segments_q_BT = jnp.zeros(q_BTHK.shape[:2], jnp.int32)
+        segments_kv_BS = jnp.zeros(k_BSGK.shape[:2], jnp.int32)
+    if kv_length is None:
+        return segments_q_BT, segments_kv_BS
+    key_1S = jnp.arange(k_BSGK.shape[1], dtype=jnp.int32)[None]
+    filled_BS = key_1S < jnp.asarray(kv_length, jnp.int32).reshape(-1, 1)
+    return segments_q_BT, jnp.where(filled_BS, segments_kv_BS, jnp.iinfo(jnp.int32).min)
+
+
+def _attention_cudnn(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    *,
+    causal: bool,
+    segments: Segments,
+    operand: jnp.dtype,
+) -> jax.Array:
+    """cuDNN's flash attention on each device's rows and heads, in dtype `operand`."""
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments) -> jax.Array:
+        mask_B1TS = None
+        if segments:
+            mask_B1TS = (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
+        return jax.nn.dot_product_attention(
+            q.astype(operand),
+            k.astype(operand),
+            v.astype(operand),
+            mask=mask_B1TS,
+            is_causal=causal,
+            implementation="cudnn",
+        )
+
+    rows = ("batch", "length")
+    queries, keys = (*rows, "act_heads", None), (*rows, "act_kv_heads", None)
+    wrapped = sharding.per_device(local, (queries, keys, keys, rows), queries)
+    return wrapped(q_BTHK, k_BSGK, v_BSGK, segments)
 
 
 def _mask(
@@ -118,14 +240,15 @@ def _mask(
     return mask_BTS
 
 
-def _zero_unseeing(out_BTHK: jax.Array, mask_BTS: jax.Array | None, causal: bool) -> jax.Array:
-    """Zeros where a query sees no key; jax.nn spreads such a query evenly over all keys."""
-    if mask_BTS is None:
+def _zero_unseeing(out_BTHK: jax.Array, segments: Segments, causal: bool) -> jax.Array:
+    """Zeros where a query sees no key; kernels spread such a query evenly over keys."""
+    if not segments or segments[0] is segments[1]:  # a query sees at least itself
         return out_BTHK
+    mask_BTS = segments[0][:, :, None] == segments[1][:, None, :]
     if causal:
         _, T, S = mask_BTS.shape
-        mask_BTS = mask_BTS & jnp.tri(T, S, dtype=bool)[None]
-    seeing_BT = jnp.broadcast_to(jnp.any(mask_BTS, axis=-1), out_BTHK.shape[:2])
+        mask_BTS &= jnp.tri(T, S, dtype=bool)[None]
+    seeing_BT = jnp.any(mask_BTS, axis=-1)
     return jnp.where(seeing_BT[:, :, None, None], out_BTHK, jnp.zeros_like(out_BTHK))
 
 

@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lmjax import sharding
 from lmjax.core import Unembedding
-from lmjax.ops.matmul import contract, dot
+from lmjax.ops.matmul import contract, dot, travelling_dtype
+from lmjax.ops.spread import complete
 
 # A maximum to start from and to fall back to: -inf would give NaN, as -inf - -inf.
 _VERY_NEGATIVE = -1e30
@@ -27,7 +30,8 @@ def logits(hidden_BTD: jax.Array, unembedding: Unembedding) -> jax.Array:
         axes=((hidden_BTD.ndim - 1,), (1,)),
         result="float32",
     )
-    return _mask_padding(logits_BTV, unembedding.vocab_size, 0, 1)
+    static = _Static(unembedding.vocab_size, jnp.dtype(unembedding.dtype))
+    return _mask_padding(static, logits_BTV, 0, 1)
 
 
 def cross_entropy(
@@ -46,18 +50,67 @@ def cross_entropy(
     """
     if vocab_chunk < 0:
         raise ValueError(f"vocab_chunk is {vocab_chunk}; it must be 0 (no chunks) or positive")
-    weights_VD = unembedding.weights_VD
-    num_chunks = -(-weights_VD.shape[0] // vocab_chunk) if vocab_chunk else 1
+    columns = sharding.split_axes("vocab")
+    whole_D = sharding.split_axes("embed")
+    across_T = sharding.split_over_length(hidden_BTD.shape[1])
+    num_rows = unembedding.weights_VD.shape[0] // math.prod(map(sharding.axis_size, columns))
+    num_chunks = -(-num_rows // vocab_chunk) if vocab_chunk else 1
     loss = _loss_whole if num_chunks == 1 else partial(_loss_chunked, num_chunks)
-    static = (unembedding.vocab_size, jnp.dtype(unembedding.dtype), z_loss)
-    return loss(static, hidden_BTD, weights_VD, targets_BT)
+    operand = jnp.dtype(unembedding.dtype)
+    static = _Static(unembedding.vocab_size, operand, z_loss, tuple(columns))
+
+    def local(hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array) -> Losses:
+        if across_T:
+            hidden_BTD = lax.all_gather(hidden_BTD, tuple(across_T), axis=1, tiled=True)
+        if whole_D:
+            weights_VD = complete(weights_VD, "embed", 1, dtype=travelling_dtype(operand))
+        return loss(static, hidden_BTD, weights_VD, targets_BT)
+
+    tokens = ("batch", "length")
+    length = "residual" if across_T else "length"
+    spread = sharding.per_device(
+        local, (("batch", length, None), ("vocab", "embed"), tokens), (tokens, tokens)
+    )
+    return spread(hidden_BTD, unembedding.weights_VD, targets_BT)
 
 
-def _mask_padding(logits_BTC: jax.Array, vocab_size: int, chunk: Any, num_chunks: int) -> jax.Array:
-    if num_chunks == 1 and logits_BTC.shape[-1] == vocab_size:
+class _Static(NamedTuple):
+    """What is known at compile time.
+
+    Args:
+      vocab_size: tokens, padding left out.
+      operand: dtype of the products' operands.
+      z_loss: weight of the z-loss.
+      axes: mesh axes over which the vocabulary is split; each device has its own rows of the
+        weights, and what they say of a token is summed over the devices.
+    """
+
+    vocab_size: int
+    operand: jnp.dtype
+    z_loss: float = 0.0
+    axes: tuple[str, ...] = ()
+
+    def sum(self, x: Any) -> Any:
+        """The sum over all parts of the vocabulary."""
+        return lax.psum(x, self.axes) if self.axes else x
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """The maximum over all parts of the vocabulary."""
+        return lax.pmax(lax.stop_gradient(x), self.axes) if self.axes else x
+
+    def first(self, num_rows: int) -> Any:
+        """The token of this device's first row."""
+        return lax.axis_index(self.axes) * num_rows if self.axes else 0
+
+
+Losses = tuple[jax.Array, jax.Array]
+
+
+def _mask_padding(static: _Static, logits_BTC: jax.Array, chunk: Any, num_chunks: int) -> jax.Array:
+    if num_chunks == 1 and not static.axes and logits_BTC.shape[-1] == static.vocab_size:
         return logits_BTC
-    ids = _ids(logits_BTC, chunk, num_chunks)
-    return jnp.where(ids < vocab_size, logits_BTC, -jnp.inf)
+    ids = _ids(static, logits_BTC, chunk, num_chunks)
+    return jnp.where(ids < static.vocab_size, logits_BTC, -jnp.inf)
 
 
 def _sum_exp(logits_BTC: jax.Array, top_BT1: jax.Array) -> jax.Array:
@@ -66,79 +119,79 @@ def _sum_exp(logits_BTC: jax.Array, top_BT1: jax.Array) -> jax.Array:
     return jnp.sum(weights_BTC, axis=-1)
 
 
-def _ids(logits_BTC: jax.Array, chunk: Any, num_chunks: int) -> jax.Array:
+def _ids(static: _Static, logits_BTC: jax.Array, chunk: Any, num_chunks: int) -> jax.Array:
     """Token ids of the columns of chunk `chunk`, which holds every num_chunks-th token."""
     column = lax.broadcasted_iota(jnp.int32, logits_BTC.shape, logits_BTC.ndim - 1)
-    return column * num_chunks + chunk
+    return column * num_chunks + chunk + static.first(logits_BTC.shape[-1] * num_chunks)
 
 
-def _label_logits(hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """The target's logit from its own row: a gather in logits_BTV would not shard over V."""
-    rows_BTD = jnp.take(weights_VD, targets_BT, axis=0, mode="clip").astype(hidden_BTD.dtype)
-    return jnp.sum(hidden_BTD.astype(jnp.float32) * rows_BTD.astype(jnp.float32), axis=-1)
+def _label_logits(
+    static: _Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
+) -> jax.Array:
+    """The target's logit from its own row, where this device has it; summed over the devices."""
+    row_BT = targets_BT - static.first(weights_VD.shape[0])
+    rows_BTD = jnp.take(weights_VD, row_BT, axis=0, mode="clip").astype(hidden_BTD.dtype)
+    logits_BT = jnp.sum(hidden_BTD.astype(jnp.float32) * rows_BTD.astype(jnp.float32), axis=-1)
+    if static.axes:
+        logits_BT = jnp.where((row_BT >= 0) & (row_BT < weights_VD.shape[0]), logits_BT, 0.0)
+    return logits_BT
 
 
-def _coefficients(
-    z_loss: float, grads: tuple[jax.Array, jax.Array], lse_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _coefficients(static: _Static, grads: Losses, lse_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(a, b) such that the gradient of the logits is a * (softmax - onehot) + b * onehot."""
-    nll_grad, z_grad = grads
-    b = 2 * z_loss * lse_BT * z_grad
+    nll_grad, z_grad = static.sum(grads)  # each device is given its share of the whole
+    b = 2 * static.z_loss * lse_BT * z_grad
     return (nll_grad + b)[..., None], b[..., None]
-
-
-Static = tuple[int, jnp.dtype, float]  # vocabulary without padding, dtype of operands, z-loss
-Losses = tuple[jax.Array, jax.Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss_whole(
-    static: Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
+    static: _Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
 ) -> Losses:
     return _forward_whole(static, hidden_BTD, weights_VD, targets_BT)[-1]
 
 
 def _forward_whole(
-    static: Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
+    static: _Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array, Losses]:
-    vocab_size, operand, z_loss = static
-    hidden_BTD, weights_VD = hidden_BTD.astype(operand), weights_VD.astype(operand)
-    logits_BTV = dot(hidden_BTD, weights_VD, (2,), (1,))
-    logits_BTV = _mask_padding(logits_BTV, vocab_size, 0, 1)
-    top_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
-    lse_BT = jnp.log(_sum_exp(logits_BTV, top_BT1)) + top_BT1[..., 0]
-    nll_BT = lse_BT - _label_logits(hidden_BTD, weights_VD, targets_BT)
-    losses = nll_BT, z_loss * jnp.square(lse_BT)
+    hidden_BTD, weights_VD = (x.astype(static.operand) for x in (hidden_BTD, weights_VD))
+    logits_BTV = _mask_padding(static, dot(hidden_BTD, weights_VD, (2,), (1,)), 0, 1)
+    top_BT1 = static.max(jnp.max(logits_BTV, axis=-1, keepdims=True))
+    label_BT = _label_logits(static, hidden_BTD, weights_VD, targets_BT)
+    sum_BT, label_BT = static.sum((_sum_exp(logits_BTV, top_BT1), label_BT))
+    lse_BT = jnp.log(sum_BT) + top_BT1[..., 0]
+    losses = lse_BT - label_BT, static.z_loss * jnp.square(lse_BT)
     return (hidden_BTD, weights_VD), logits_BTV, lse_BT, losses
 
 
 def _loss_whole_fwd(
-    static: Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
+    static: _Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
 ) -> tuple[Losses, tuple[Any, ...]]:
-    _, operand, _ = static
     operands, logits_BTV, lse_BT, losses = _forward_whole(
         static, hidden_BTD, weights_VD, targets_BT
     )
     # The gradient but for a factor per token, so that the backward is two products and no more.
     error_BTV = jnp.exp(logits_BTV - lse_BT[..., None])
-    error_BTV = (error_BTV - _onehot(error_BTV, targets_BT, 0, 1)).astype(operand)
+    error_BTV = (error_BTV - _onehot(static, error_BTV, targets_BT, 0, 1)).astype(static.operand)
     like = jnp.zeros((0,), hidden_BTD.dtype), jnp.zeros((0,), weights_VD.dtype)
     return losses, (*operands, targets_BT, error_BTV, lse_BT, like)
 
 
-def _onehot(logits_BTC: jax.Array, targets_BT: jax.Array, chunk: Any, num_chunks: int) -> jax.Array:
-    ids = _ids(logits_BTC, chunk, num_chunks)
+def _onehot(
+    static: _Static, logits_BTC: jax.Array, targets_BT: jax.Array, chunk: Any, num_chunks: int
+) -> jax.Array:
+    ids = _ids(static, logits_BTC, chunk, num_chunks)
     return (ids == targets_BT[..., None].astype(jnp.int32)).astype(jnp.float32)
 
 
 def _loss_whole_bwd(
-    static: Static, residuals: tuple[Any, ...], grads: Losses
+    static: _Static, residuals: tuple[Any, ...], grads: Losses
 ) -> tuple[jax.Array, jax.Array, None]:
-    _, operand, z_loss = static
+    operand = static.operand
     hidden_BTD, weights_VD, targets_BT, error_BTV, lse_BT, (like_hidden, like_weights) = residuals
-    a, b = _coefficients(z_loss, grads, lse_BT)
-    if z_loss:
-        onehot_BTV = _onehot(error_BTV, targets_BT, 0, 1)
+    a, b = _coefficients(static, grads, lse_BT)
+    if static.z_loss:
+        onehot_BTV = _onehot(static, error_BTV, targets_BT, 0, 1)
         error_BTV = (a * error_BTV.astype(jnp.float32) + b * onehot_BTV).astype(operand)
         a = jnp.ones_like(a)
     dhidden_BTD = a * dot(error_BTV, weights_VD, (2,), (0,))
@@ -153,7 +206,7 @@ _loss_whole.defvjp(_loss_whole_fwd, _loss_whole_bwd)
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss_chunked(
     num_chunks: int,
-    static: Static,
+    static: _Static,
     hidden_BTD: jax.Array,
     weights_VD: jax.Array,
     targets_BT: jax.Array,
@@ -168,24 +221,22 @@ def _split(weights_VD: jax.Array, num_chunks: int) -> jax.Array:
 
 
 def _chunk_logits(
-    static: Static, hidden_BTD: jax.Array, weights_CND: jax.Array, chunk: jax.Array
+    static: _Static, hidden_BTD: jax.Array, weights_CND: jax.Array, chunk: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    vocab_size, operand, _ = static
     weights_CD = lax.dynamic_index_in_dim(weights_CND, chunk, axis=1, keepdims=False)
-    weights_CD = weights_CD.astype(operand)
+    weights_CD = weights_CD.astype(static.operand)
     logits_BTC = dot(hidden_BTD, weights_CD, (2,), (1,))
-    return weights_CD, _mask_padding(logits_BTC, vocab_size, chunk, weights_CND.shape[1])
+    return weights_CD, _mask_padding(static, logits_BTC, chunk, weights_CND.shape[1])
 
 
 def _loss_chunked_fwd(
     num_chunks: int,
-    static: Static,
+    static: _Static,
     hidden_BTD: jax.Array,
     weights_VD: jax.Array,
     targets_BT: jax.Array,
 ) -> tuple[Losses, tuple[jax.Array, ...]]:
-    _, operand, z_loss = static
-    low_BTD = hidden_BTD.astype(operand)
+    low_BTD = hidden_BTD.astype(static.operand)
     weights_CND = _split(weights_VD, num_chunks)
 
     def add_chunk(
@@ -200,26 +251,27 @@ def _loss_chunked_fwd(
 
     start = jnp.full(targets_BT.shape, _VERY_NEGATIVE), jnp.zeros(targets_BT.shape)
     (top_BT, sum_BT), _ = lax.scan(add_chunk, start, jnp.arange(num_chunks))
-    lse_BT = jnp.log(sum_BT) + top_BT
-    nll_BT = lse_BT - _label_logits(low_BTD, weights_VD, targets_BT)
-    losses = nll_BT, z_loss * jnp.square(lse_BT)
+    all_top_BT = static.max(top_BT)
+    label_BT = _label_logits(static, low_BTD, weights_VD, targets_BT)
+    sum_BT, label_BT = static.sum((sum_BT * jnp.exp(top_BT - all_top_BT), label_BT))
+    lse_BT = jnp.log(sum_BT) + all_top_BT
+    losses = lse_BT - label_BT, static.z_loss * jnp.square(lse_BT)
     return losses, (hidden_BTD, weights_VD, targets_BT, lse_BT)
 
 
 def _loss_chunked_bwd(
-    num_chunks: int, static: Static, residuals: tuple[jax.Array, ...], grads: Losses
+    num_chunks: int, static: _Static, residuals: tuple[jax.Array, ...], grads: Losses
 ) -> tuple[jax.Array, jax.Array, None]:
-    _, operand, z_loss = static
     hidden_BTD, weights_VD, targets_BT, lse_BT = residuals
-    low_BTD = hidden_BTD.astype(operand)
+    low_BTD = hidden_BTD.astype(static.operand)
     weights_CND = _split(weights_VD, num_chunks)
-    a, b = _coefficients(z_loss, grads, lse_BT)
+    a, b = _coefficients(static, grads, lse_BT)
 
     def add_chunk(dhidden_BTD: jax.Array, chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
         weights_CD, logits_BTC = _chunk_logits(static, low_BTD, weights_CND, chunk)
         error_BTC = a * jnp.exp(logits_BTC - lse_BT[..., None])
-        error_BTC = error_BTC + (b - a) * _onehot(logits_BTC, targets_BT, chunk, num_chunks)
-        error_BTC = error_BTC.astype(operand)
+        error_BTC = error_BTC + (b - a) * _onehot(static, logits_BTC, targets_BT, chunk, num_chunks)
+        error_BTC = error_BTC.astype(static.operand)
         dweights_CD = dot(error_BTC, low_BTD, (0, 1), (0, 1)).astype(weights_VD.dtype)
         return dhidden_BTD + dot(error_BTC, weights_CD, (2,), (0,)), dweights_CD
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lmjax import sharding
+from lmjax.ops.quantize import Parts, Products, Quantized, quantized_contract
 
 Axes = tuple[int, ...]
 
@@ -26,15 +27,41 @@ def activation_dtype(dtype: str) -> jnp.dtype:
     return jnp.dtype("float32") if sharding.platform() == "cpu" else jnp.dtype(dtype)
 
 
-def matmul(x: jax.Array, w: jax.Array, *, dtype: str, in_dims: int = 1) -> jax.Array:
+def travelling_dtype(dtype: str | jnp.dtype) -> jnp.dtype | None:
+    """The dtype in which weights go between devices to products in `dtype`; None for their own.
+
+    On a CPU they stay as they are, and every number is that of one device.
+    """
+    return None if sharding.platform() == "cpu" else jnp.dtype(dtype)
+
+
+def matmul(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    dtype: str,
+    in_dims: int = 1,
+    products: Products = "default",
+    parts: Parts | None = None,
+) -> jax.Array:
     """Contracts the last `in_dims` axes of x with the first `in_dims` axes of w.
 
     Neither side is reshaped, so an axis of w (heads, say) may be sharded. The gradient with respect
-    to w has the dtype of w and is summed in fp32.
+    to w has the dtype of w and is summed in fp32. `products` may ask for 8-bit operands, see
+    `quantize.Quantized`, with scales that the devices of `parts` share.
     """
-    return contract(
-        x, w, dtype=dtype, axes=(tuple(range(x.ndim - in_dims, x.ndim)), tuple(range(in_dims)))
-    )
+    axes = (tuple(range(x.ndim - in_dims, x.ndim)), tuple(range(in_dims)))
+    if products != "default":
+        how = Quantized(
+            kind=products,
+            x_axes=axes[0],
+            w_axes=axes[1],
+            dtype=jnp.dtype(dtype),
+            result=activation_dtype(dtype),
+            parts=parts or Parts(),
+        )
+        return quantized_contract(x, w, how)
+    return contract(x, w, dtype=dtype, axes=axes)
 
 
 def contract(

@@ -25,7 +25,7 @@ def layer_norm(
     backward keeps the standardised x in `dtype` and one fp32 number per row. The result has the
     dtype of x.
     """
-    out = _standardize(x, epsilon, jnp.dtype(dtype)) * _row(scale_D, x.ndim)
+    out = _standardize(x, epsilon, jnp.dtype(dtype), True) * _row(scale_D, x.ndim)
     if bias_D is not None:
         out = out + _row(bias_D, x.ndim)
     return out.astype(x.dtype)
@@ -36,28 +36,27 @@ def rms_norm(
 ) -> jax.Array:
     """Divides the last axis by its root mean square, then scales it.
 
-    Source: Zhang & Sennrich, arXiv:1910.07467, equation 4. The statistic is fp32; the result has
-    the dtype of x.
+    Source: Zhang & Sennrich, arXiv:1910.07467, equation 4. The statistic is fp32; the backward
+    keeps the divided x in `dtype` and one fp32 number per row. The result has the dtype of x.
     """
-    x32 = x.astype(jnp.float32)
-    inverse = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
-    return (x32 * inverse * _row(scale_D, x.ndim)).astype(x.dtype)
+    out = _standardize(x, epsilon, jnp.dtype(dtype), False) * _row(scale_D, x.ndim)
+    return out.astype(x.dtype)
 
 
 def _row(v_D: jax.Array, ndim: int) -> jax.Array:
     return v_D.astype(jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _standardize(x: jax.Array, epsilon: float, dtype: jnp.dtype) -> jax.Array:
-    return _standardize_fwd(x, epsilon, dtype)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _standardize(x: jax.Array, epsilon: float, dtype: jnp.dtype, centre: bool) -> jax.Array:
+    return _standardize_fwd(x, epsilon, dtype, centre)[0]
 
 
 def _standardize_fwd(
-    x: jax.Array, epsilon: float, dtype: jnp.dtype
+    x: jax.Array, epsilon: float, dtype: jnp.dtype, centre: bool
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True) if centre else x32
     inverse = lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
     normal = centred * inverse
     return normal, (normal.astype(dtype), inverse, jnp.zeros((0,), x.dtype))
@@ -66,14 +65,15 @@ def _standardize_fwd(
 def _standardize_bwd(
     epsilon: float,
     dtype: jnp.dtype,
+    centre: bool,
     residuals: tuple[jax.Array, jax.Array, jax.Array],
     dy: jax.Array,
 ) -> tuple[jax.Array]:
     normal, inverse, like_x = residuals
     normal = normal.astype(jnp.float32)
-    mean = jnp.mean(dy, axis=-1, keepdims=True)
     along = jnp.mean(dy * normal, axis=-1, keepdims=True)
-    return ((inverse * (dy - mean - normal * along)).astype(like_x.dtype),)
+    across = dy - jnp.mean(dy, axis=-1, keepdims=True) if centre else dy
+    return ((inverse * (across - normal * along)).astype(like_x.dtype),)
 
 
 _standardize.defvjp(_standardize_fwd, _standardize_bwd)

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmjax.errors import UserError
+from lmjax.errors import UserError, did_you_mean
+from lmjax.optim.factored import scale_by_factored_rms
+from lmjax.optim.rounded import Moments, in_bfloat16
 from lmjax.sharding import Boxed
 
 KERNELS = r"(kernel|table)$"  # matrices and embeddings: no bias, no scale
@@ -29,6 +31,7 @@ def adamw(
     decay: str = KERNELS,
     clip_norm: float | None = 1.0,
     average: float | None = None,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay.
 
@@ -39,11 +42,12 @@ def adamw(
       decay: regex over parameter paths; those in which it is found decay.
       clip_norm: the gradient's global norm is at most this; None does not clip.
       average: decay of an exponential average of the parameters, which evaluation then uses.
+      moments: the dtype in which both are kept between steps; see `rounded.in_bfloat16`.
     """
     _check(b1=b1, b2=b2)
     if not epsilon > 0:
         raise UserError(f"epsilon is {epsilon}: must be positive.")
-    method = optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)
+    method = _kept(optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon), moments)
     return _chain(method, learning_rate, weight_decay, decay, clip_norm, average)
 
 
@@ -56,10 +60,11 @@ def sgd(
     decay: str = KERNELS,
     clip_norm: float | None = None,
     average: float | None = None,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformation:
     """Stochastic gradient descent with momentum; weight decay is decoupled. See `adamw`."""
     _check(momentum=momentum)
-    method = optax.trace(decay=momentum, nesterov=nesterov)
+    method = _kept(optax.trace(decay=momentum, nesterov=nesterov), moments)
     return _chain(method, learning_rate, weight_decay, decay, clip_norm, average)
 
 
@@ -77,14 +82,13 @@ def adafactor(
     """Adam's second moment kept as row and column means of each matrix; no first moment.
 
     Source: Shazeer & Stern, arXiv:1804.04235, algorithms 4 and 5, with the learning rate given
-    outright rather than scaled by the parameter's size. See `adamw`.
+    outright rather than scaled by the parameter's size. See `adamw` and `factored`.
     """
     _check(decay_rate=decay_rate)
     if not clip_update > 0:
         raise UserError(f"clip_update is {clip_update}: must be positive.")
-    method = optax.chain(
-        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_factored),
-        optax.clip_by_block_rms(clip_update),
+    method = scale_by_factored_rms(
+        decay_rate=decay_rate, min_dim_factored=min_dim_factored, clip=clip_update
     )
     return _chain(method, learning_rate, weight_decay, decay, clip_norm, average)
 
@@ -98,6 +102,7 @@ def lion(
     decay: str = KERNELS,
     clip_norm: float | None = 1.0,
     average: float | None = None,
+    moments: Moments = "float32",
 ) -> optax.GradientTransformation:
     """The sign of an interpolated momentum.
 
@@ -105,7 +110,7 @@ def lion(
     a weight decay as much larger than Adam's. See `adamw`.
     """
     _check(b1=b1, b2=b2)
-    method = optax.scale_by_lion(b1=b1, b2=b2)
+    method = _kept(optax.scale_by_lion(b1=b1, b2=b2), moments)
     return _chain(method, learning_rate, weight_decay, decay, clip_norm, average)
 
 
@@ -178,6 +183,14 @@ def _chain(
     if average:
         links.append(average_params(average))
     return optax.chain(*links)
+
+
+def _kept(method: optax.GradientTransformation, moments: Moments) -> optax.GradientTransformation:
+    if moments not in ("float32", "bfloat16"):
+        raise UserError(
+            f"moments is {moments!r}." + did_you_mean(str(moments), ("float32", "bfloat16"))
+        )
+    return in_bfloat16(method) if moments == "bfloat16" else method
 
 
 def _matches(pattern: re.Pattern[str], params: Any) -> Any:

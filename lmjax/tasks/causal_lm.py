@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lmjax.core import Batch, Dataset, Decoder, Mean, Output, Spec, Variables, Work
-from lmjax.errors import UserError
+from lmjax.errors import UserError, did_you_mean
 from lmjax.ops.losses import cross_entropy
 
 
@@ -27,11 +27,18 @@ class CausalLM:
       vocab_chunk: if not 0, logits are made for so many tokens of the vocabulary at a time.
       z_loss: weight of log(Z)^2, which keeps the softmax's normaliser near 1 (PaLM,
         arXiv:2204.02311, section 5). Part of the loss that is descended, not of the one reported.
+      aux_losses: weights of the model's auxiliary losses ({"load_balance_loss": 1e-2}), likewise;
+        each is summed over layers and, like the loss, over tokens. So totals add over microbatches
+        and devices whatever the targets' weights are; where all are one, the loss descended is the
+        mean over tokens of nll + weight * (sum over layers), and where some are zero the tokens
+        without a target count in the auxiliary losses and not in the divisor. The metric of the
+        same name is the mean over tokens and layers.
     """
 
     model: Decoder
     vocab_chunk: int = 0
     z_loss: float = 0.0
+    aux_losses: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.vocab_chunk < 0 or self.z_loss < 0:
@@ -77,12 +84,20 @@ class CausalLM:
             z_loss=self.z_loss,
         )
         loss = Mean.of(nll_BT, batch["weights"])
-        metrics = {"loss": loss}
+        metrics = {"loss": loss, **output.aux}
         if "target_bytes" in batch:
             num_bytes = jnp.sum(batch["target_bytes"] * batch["weights"])
             metrics["bits_per_byte"] = Mean(loss.total / math.log(2), num_bytes)
-        if self.z_loss and train:
-            return Output(loss=Mean.of(nll_BT + z_BT, batch["weights"]), metrics=metrics)
+        if train:
+            if self.z_loss:
+                loss = Mean.of(nll_BT + z_BT, batch["weights"])
+            for name, weight in self.aux_losses.items():
+                if name not in output.aux:
+                    raise UserError(
+                        f"aux_losses names {name!r}, and the model has no such loss."
+                        + did_you_mean(name, output.aux)
+                    )
+                loss = Mean(loss.total + weight * output.aux[name].total, loss.weight)
         return Output(loss=loss, metrics=metrics)
 
     def work(self, example: Spec) -> Work:

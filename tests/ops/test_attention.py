@@ -259,7 +259,7 @@ def test_misfits_are_told() -> None:
         attention(q, k, v, causal=True, segments_q_BT=_segments(9))
     with pytest.raises(ValueError, match="no multiple"):
         attention(q[:, :, :3], k, v, causal=True)
-    with pytest.raises(ValueError, match="cuDNN attention"):
+    with pytest.raises(ValueError, match="cudnn attention"):
         attention(q, k, v, causal=True, q_offset=1, implementation="cudnn")
     with pytest.raises(ValueError, match="implementation"):
         attention(q, k, v, causal=True, implementation="flash")  # type: ignore[arg-type]

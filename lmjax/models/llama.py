@@ -1,0 +1,272 @@
+"""Llama 2 and Llama 3.
+
+Sources: Touvron et al., "Llama 2", arXiv:2307.09288, table 1; "The Llama 3 Herd of Models",
+arXiv:2407.21783, table 3; for 3.2, the published configurations of its 1B and 3B models.
+
+Departures:
+  - The reports give no initialisation; here projections into the residual stream start smaller, as
+    in GPT-2.
+
+| parameter | initialisation |
+|---|---|
+| token embedding, output layer, kernels | normal, std 0.02 |
+| attention out, mlp down | normal, std 0.02 / sqrt(2 num_layers) |
+| norm scale | 1 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flax import linen as nn
+
+from lmjax.errors import UserError, did_you_mean
+from lmjax.layers.attention import Attention, residual_std
+from lmjax.layers.embed import Embed, Unembed
+from lmjax.layers.mlp import SwiGlu
+from lmjax.layers.norm import RMSNorm
+from lmjax.layers.transformer import Block, Remat, Stack
+from lmjax.models.decoder import DecoderLM, Stacks
+from lmjax.ops.rope import Rope, RopeScaling, frequencies
+
+Dtype = Literal["float32", "bfloat16"]
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Size:
+    """A published model: what differs between those of one generation."""
+
+    num_layers: int
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden: int
+    rope_factor: float | None = None
+    tied: bool = False
+
+
+LLAMA2_SIZES = {
+    "7b": Size(32, 4096, 32, 32, 128, 11008),
+    "13b": Size(40, 5120, 40, 40, 128, 13824),
+}
+LLAMA3_SIZES = {
+    "nano": Size(4, 256, 8, 4, 32, 768),  # not Meta's: for a CPU and for tests
+    "1b": Size(16, 2048, 32, 8, 64, 8192, rope_factor=32.0, tied=True),
+    "3b": Size(28, 3072, 24, 8, 128, 8192, rope_factor=32.0, tied=True),
+    "8b": Size(32, 4096, 32, 8, 128, 14336, rope_factor=8.0),
+    "70b": Size(80, 8192, 64, 8, 128, 28672, rope_factor=8.0),
+    "405b": Size(126, 16384, 128, 8, 128, 53248, rope_factor=8.0),
+}
+
+
+def llama(
+    *,
+    num_layers: int,
+    dim: int,
+    num_heads: int,
+    vocab_size: int,
+    max_length: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    hidden: int | None = None,
+    rope_theta: float = 10_000.0,
+    rope_scaling: RopeScaling | None = None,
+    tied: bool = False,
+    epsilon: float = 1e-5,
+    vocab_multiple: int = 1,
+    dtype: Dtype = "float32",
+    remat: Remat = "none",
+    unroll: int = 1,
+) -> DecoderLM:
+    """A Llama of any size.
+
+    Args:
+      num_kv_heads: heads of keys and values; num_heads where not given.
+      head_dim: dim / num_heads where not given.
+      hidden: hidden units of the MLP; where not given 8/3 dim, rounded up to a multiple of 256.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: Llama 3.1's change of them.
+      tied: the output layer is the token embedding.
+      epsilon: of the norms.
+      vocab_multiple: the tables of the vocabulary are padded to a multiple of it.
+      dtype: of the products' operands; parameters are float32.
+      remat: see `Stack`.
+      unroll: see `Stack`.
+    """
+    hidden = -(-8 * dim // (3 * 256)) * 256 if hidden is None else hidden
+    at_least_one(num_layers=num_layers, hidden=hidden)
+    out_std = residual_std(INIT_STD, num_layers)
+    mlp = SwiGlu(dim=dim, hidden=hidden, init_std=INIT_STD, out_std=out_std, dtype=dtype)
+    return rotary_decoder(
+        [(num_layers, mlp)],
+        dim=dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        rope=Rope(theta=rope_theta, scaling=rope_scaling),
+        tied=tied,
+        epsilon=epsilon,
+        vocab_multiple=vocab_multiple,
+        dtype=dtype,
+        remat=remat,
+        unroll=unroll,
+    )
+
+
+def rotary_decoder(
+    layers: Sequence[tuple[int, nn.Module]],
+    *,
+    dim: int,
+    num_heads: int,
+    num_kv_heads: int | None,
+    head_dim: int | None,
+    vocab_size: int,
+    max_length: int,
+    rope: Rope,
+    tied: bool,
+    epsilon: float,
+    vocab_multiple: int,
+    dtype: Dtype,
+    remat: Remat,
+    unroll: int,
+) -> DecoderLM:
+    """RMSNorm, rotary grouped-query attention and the given MLPs: (how many layers, their MLP).
+
+    For the arguments see `llama`; raises UserError for sizes that cannot work.
+    """
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    at_least_one(
+        dim=dim,
+        num_heads=num_heads,
+        num_kv_heads=kv_heads,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        vocab_multiple=vocab_multiple,
+        unroll=unroll,
+    )
+    if num_heads % kv_heads:
+        fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+        raise UserError(
+            f"num_kv_heads {kv_heads} does not divide num_heads {num_heads}: choose one of {fits}."
+        )
+    if head_dim is None and dim % num_heads:
+        fits = [n for n in range(1, dim + 1) if dim % n == 0 and abs(n - num_heads) <= num_heads]
+        raise UserError(
+            f"dim {dim} is no multiple of num_heads {num_heads}: "
+            f"choose one of {fits}, or set head_dim."
+        )
+    head_dim = dim // num_heads if head_dim is None else head_dim
+    frequencies(rope, head_dim)  # refuses an odd head_dim
+    out_std = residual_std(INIT_STD, sum(count for count, _ in layers))
+    stacks: list[Stack] = []
+    for count, mlp in layers:
+        block = Block(
+            attention_norm=RMSNorm(epsilon, dtype),
+            attention=Attention(
+                dim=dim,
+                num_heads=num_heads,
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
+                init_std=INIT_STD,
+                out_std=out_std,
+                use_bias=False,
+                rope=rope,
+                first_layer=sum(stack.num_layers for stack in stacks),
+                dtype=dtype,
+            ),
+            mlp_norm=RMSNorm(epsilon, dtype),
+            mlp=mlp,
+        )
+        stacks.append(Stack(block=block, num_layers=count, remat=remat, unroll=unroll))
+    return DecoderLM(
+        embed=Embed(vocab_size, dim, vocab_multiple, INIT_STD, dtype),
+        positions=None,
+        blocks=stacks[0] if len(stacks) == 1 else Stacks(tuple(stacks)),
+        norm=RMSNorm(epsilon, dtype),
+        max_length=max_length,
+        unembed=None if tied else Unembed(vocab_size, dim, vocab_multiple, INIT_STD, dtype),
+    )
+
+
+def at_least_one(**sizes: int) -> None:
+    """Raises UserError for a size below 1, by its name."""
+    if bad := [name for name, value in sizes.items() if value < 1]:
+        raise UserError(f"{bad[0]} is {sizes[bad[0]]}: must be at least 1.")
+
+
+def llama2(
+    *,
+    size: str = "7b",
+    num_layers: int | None = None,
+    dim: int | None = None,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    hidden: int | None = None,
+    vocab_size: int = 32000,
+    max_length: int = 4096,
+    rope_theta: float = 10_000.0,
+    vocab_multiple: int = 128,
+    dtype: Dtype = "bfloat16",
+    remat: Remat = "none",
+    unroll: int = 1,
+) -> DecoderLM:
+    """Llama 2 7B (6,738,415,616 parameters) and 13B (13,015,864,320)."""
+    return _preset(LLAMA2_SIZES, **locals())
+
+
+def llama3(
+    *,
+    size: str = "8b",
+    num_layers: int | None = None,
+    dim: int | None = None,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    hidden: int | None = None,
+    vocab_size: int = 128256,
+    max_length: int = 131072,
+    rope_theta: float = 500_000.0,
+    vocab_multiple: int = 128,
+    dtype: Dtype = "bfloat16",
+    remat: Remat = "none",
+    unroll: int = 1,
+) -> DecoderLM:
+    """Llama 3.2 1B and 3B (1,235,814,400 and 3,212,749,824 parameters, tied), 3.1 8B to 405B.
+
+    8B has 8,030,261,248, 70B 70,553,706,496 and 405B 405,853,388,800.
+    """
+    return _preset(LLAMA3_SIZES, **locals())
+
+
+def _preset(
+    sizes: dict[str, Size],
+    *,
+    size: str,
+    num_layers: int | None,
+    dim: int | None,
+    num_heads: int | None,
+    num_kv_heads: int | None,
+    hidden: int | None,
+    **fields: Any,
+) -> DecoderLM:
+    """The preset of a size; numbers that are given stand in the place of the preset's."""
+    if size not in sizes:
+        raise UserError(f"no preset of size {size!r}." + did_you_mean(size, sizes))
+    preset = sizes[size]
+    factor = preset.rope_factor
+    return llama(
+        num_layers=preset.num_layers if num_layers is None else num_layers,
+        dim=preset.dim if dim is None else dim,
+        num_heads=preset.num_heads if num_heads is None else num_heads,
+        num_kv_heads=preset.num_kv_heads if num_kv_heads is None else num_kv_heads,
+        head_dim=preset.head_dim if dim is None and num_heads is None else None,
+        hidden=preset.hidden if hidden is None else hidden,
+        rope_scaling=None if factor is None else RopeScaling(factor=factor),
+        tied=preset.tied,
+        **fields,
+    )

@@ -1,0 +1,228 @@
+"""Mixtures of experts: Mixtral and a model of DeepSeek-V3's shape.
+
+Sources: Jiang et al., "Mixtral of Experts", arXiv:2401.04088, table 1; DeepSeek-AI, "DeepSeek-V3
+Technical Report", arXiv:2412.19437, section 4.2.
+
+Departures:
+  - DeepSeek-V3 attends through a latent vector (MLA), with 187 M parameters a layer; `671b` has
+    grouped-query attention of 96 heads and 8 key-value heads of 128 in its place, with 191 M.
+  - DeepSeek-V3 balances its experts by a bias on their scores and restricts a token to 4 nodes;
+    here the auxiliary losses alone balance, and a token may go anywhere. There is no multi-token
+    prediction.
+  - Initialisation is Llama's (`lmjax.models.llama`), the router and the experts' gate and up with
+    std 0.02, their down with 0.02 / sqrt(2 num_layers).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lmjax.errors import UserError, did_you_mean
+from lmjax.layers.attention import residual_std
+from lmjax.layers.mlp import SwiGlu
+from lmjax.layers.moe import Moe, Routing, Scores
+from lmjax.layers.transformer import Remat
+from lmjax.models.decoder import DecoderLM
+from lmjax.models.llama import INIT_STD, Dtype, at_least_one, rotary_decoder
+from lmjax.ops.rope import Rope
+
+
+def moe(
+    *,
+    num_layers: int,
+    dim: int,
+    num_heads: int,
+    vocab_size: int,
+    max_length: int,
+    num_experts: int,
+    experts_per_token: int,
+    expert_hidden: int,
+    num_shared_experts: int = 0,
+    num_dense_layers: int = 0,
+    dense_hidden: int | None = None,
+    scores: Scores = "softmax",
+    scale: float = 1.0,
+    routing: Routing = "dropless",
+    capacity_factor: float = 1.25,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rope_theta: float = 10_000.0,
+    epsilon: float = 1e-5,
+    vocab_multiple: int = 1,
+    dtype: Dtype = "float32",
+    remat: Remat = "none",
+    unroll: int = 1,
+) -> DecoderLM:
+    """A Llama whose MLPs, but for those of the first layers, are mixtures of experts.
+
+    Its losses `load_balance_loss` and `router_z_loss` are descended where `CausalLM.aux_losses`
+    gives them a weight.
+
+    Args:
+      expert_hidden: hidden units of one expert.
+      num_shared_experts: so many experts' width that every token goes through.
+      num_dense_layers: layers at the start whose MLP is dense.
+      dense_hidden: hidden units of those MLPs.
+      scores, scale, routing, capacity_factor: see `Moe`.
+
+    For the others see `llama`.
+    """
+    at_least_one(
+        num_layers=num_layers,
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
+        expert_hidden=expert_hidden,
+    )
+    if experts_per_token > num_experts:
+        raise UserError(
+            f"experts_per_token is {experts_per_token}, and num_experts {num_experts}: a token "
+            "goes to different experts, so the first may not exceed the second."
+        )
+    if num_shared_experts < 0 or not 0 <= num_dense_layers < num_layers:
+        raise UserError(
+            f"num_shared_experts is {num_shared_experts} and num_dense_layers {num_dense_layers}: "
+            f"give at least 0 of each, and fewer dense layers than num_layers, {num_layers}."
+        )
+    if num_dense_layers and (dense_hidden is None or dense_hidden < 1):
+        raise UserError(f"dense_hidden is {dense_hidden}: the dense layers need at least 1.")
+    if capacity_factor <= 0 or scale <= 0:
+        raise UserError(
+            f"capacity_factor is {capacity_factor} and scale {scale}: both must be positive."
+        )
+    out_std = residual_std(INIT_STD, num_layers)
+    mixture = Moe(
+        dim=dim,
+        hidden=expert_hidden,
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
+        num_shared=num_shared_experts,
+        scores=scores,
+        scale=scale,
+        routing=routing,
+        capacity_factor=capacity_factor,
+        init_std=INIT_STD,
+        out_std=out_std,
+        dtype=dtype,
+    )
+    layers: list[tuple[int, Any]] = [(num_layers - num_dense_layers, mixture)]
+    if num_dense_layers and dense_hidden is not None:
+        dense = SwiGlu(dim, dense_hidden, init_std=INIT_STD, out_std=out_std, dtype=dtype)
+        layers.insert(0, (num_dense_layers, dense))
+    return rotary_decoder(
+        layers,
+        dim=dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        rope=Rope(theta=rope_theta),
+        tied=False,
+        epsilon=epsilon,
+        vocab_multiple=vocab_multiple,
+        dtype=dtype,
+        remat=remat,
+        unroll=unroll,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A model's numbers, by the names of `moe`'s arguments."""
+
+    num_layers: int
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    experts_per_token: int
+    expert_hidden: int
+    num_shared_experts: int = 0
+    num_dense_layers: int = 0
+    dense_hidden: int | None = None
+    scores: Scores = "softmax"
+    scale: float = 1.0
+    rope_theta: float = 10_000.0
+    epsilon: float = 1e-5
+
+
+SIZES = {
+    "nano": Size(  # of nobody's: for a CPU and for tests
+        num_layers=4,
+        dim=192,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=32,
+        num_experts=4,
+        experts_per_token=2,
+        expert_hidden=256,
+        num_shared_experts=1,
+    ),
+    "8x7b": Size(
+        num_layers=32,
+        dim=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        num_experts=8,
+        experts_per_token=2,
+        expert_hidden=14336,
+        rope_theta=1e6,
+    ),
+    "671b": Size(
+        num_layers=61,
+        dim=7168,
+        num_heads=96,
+        num_kv_heads=8,
+        head_dim=128,
+        num_experts=256,
+        experts_per_token=8,
+        expert_hidden=2048,
+        num_shared_experts=1,
+        num_dense_layers=3,
+        dense_hidden=18432,
+        scores="sigmoid",
+        scale=2.5,
+        epsilon=1e-6,
+    ),
+}
+
+
+def moe_preset(
+    *,
+    size: str = "8x7b",
+    num_layers: int | None = None,
+    dim: int | None = None,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    num_experts: int | None = None,
+    experts_per_token: int | None = None,
+    expert_hidden: int | None = None,
+    num_shared_experts: int | None = None,
+    num_dense_layers: int | None = None,
+    dense_hidden: int | None = None,
+    scores: Scores | None = None,
+    scale: float | None = None,
+    routing: Routing = "dropless",
+    capacity_factor: float = 1.25,
+    vocab_size: int = 32000,
+    max_length: int = 32768,
+    vocab_multiple: int = 128,
+    dtype: Dtype = "bfloat16",
+    remat: Remat = "none",
+    unroll: int = 1,
+) -> DecoderLM:
+    """Mixtral 8x7B (46,702,792,704 parameters), and DeepSeek-V3's shape.
+
+    The latter, 671b, has 671,254,148,096 with that model's vocabulary of 129,280 tokens.
+    Numbers that are given stand in the place of the preset's.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    if given.pop("size") not in SIZES:
+        raise UserError(f"no preset of size {size!r}." + did_you_mean(size, SIZES))
+    preset = vars(SIZES[size]) | given
+    if dim is not None or num_heads is not None:
+        preset["head_dim"] = None
+    return moe(**preset)

@@ -1,0 +1,1 @@
+"""What a run needs and costs, known before it is run: `python -m lmjax.plan`."""

@@ -1,0 +1,383 @@
+"""Two and four processes, joined by gloo, do what one process does on the same mesh.
+
+Losses, evaluations and parameters are compared to 1e-6 (relative; between processes sums are taken
+in another order), the rows that are read byte for byte.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lmjax.engine.curves import read_metrics
+from lmjax.engine.distributed import Processes, local_rows, one_process_a_node, processes_from
+from lmjax.engine.loop import train
+from lmjax.errors import UserError
+from lmjax.sharding import Layout
+from tests.many_hosts import Rows, make_run
+
+ROOT = Path(__file__).parents[1]
+LIMIT_S = 120
+QUICK = {
+    "fsdp": {"data": 1, "fsdp": 4},  # parameters split between the processes
+    "tensor": {"data": 1, "tensor": 4},  # both processes hold the same rows
+}
+SLOW = {
+    "data-tensor": {"data": 2, "tensor": 4},  # two processes hold the same rows, the others others
+    "slices-fsdp-tensor": {"slices": 2, "fsdp": 2, "tensor": 2},
+    "context-expert": {"data": 1, "context": 4, "expert": 2},  # rows split within each process
+}
+
+
+CONFIG = """
+import optax
+from lmjax.config import call
+from lmjax.engine.loop import Run
+from lmjax.sharding import Layout
+from tests.many_hosts import Network, Rows
+
+def get_config():
+    return call(
+        Run,
+        task=call(Network),
+        optimizer=call(optax.adam, learning_rate=0.05),
+        data=call(Rows),
+        steps=100_000,
+        batch_size=16,
+        layout=call(Layout, data=-1),
+        save_every=100_000,
+        log_every=1,
+    )
+"""
+
+
+def start(command, *, count, devices, cache, folders=None):
+    """Starts `count` processes of one run on this machine."""
+    with socket.create_server(("", 0)) as server:
+        coordinator = f"{socket.gethostname()}:{server.getsockname()[1]}"
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTEST_ADDOPTS")}
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "LMJAX_CACHE": str(cache),
+        "LMJAX_COORDINATOR": coordinator,
+        "LMJAX_NUM_PROCESSES": str(count),
+        "PYTHONPATH": str(ROOT),
+        "DEVICES": str(devices),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=folders[index] if folders else ROOT,
+            env=environment | {"LMJAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(count)
+    ]
+
+
+def end(processes, codes):
+    """Waits for all; what they printed. Fails with the tails of all outputs."""
+    deadline, outputs = time.monotonic() + LIMIT_S, []
+    for process in processes:
+        try:
+            outputs.append(process.communicate(timeout=max(deadline - time.monotonic(), 1))[0])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            outputs.append(process.communicate()[0] + "\n(killed: it did not end)")
+    found = [process.returncode for process in processes]
+    tails = "\n".join(f"--- process {i}\n{text[-3000:]}" for i, text in enumerate(outputs))
+    assert found == codes, f"exit codes {found}\n{tails}"
+    return outputs
+
+
+def train_together(runs, folder, *, count, devices, cache, codes=None):
+    """Trains the runs with many processes."""
+    command = ["tests.many_hosts", json.dumps(runs), str(folder)]
+    processes = start(command, count=count, devices=devices, cache=cache)
+    return end(processes, [0] * count if codes is None else codes)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, cache):
+    """The folder of the quick runs of two processes with two devices each; the last one breaks."""
+    folder = tmp_path_factory.mktemp("together")
+    runs = {**QUICK, "broken": {"data": 4, "steps": 12, "broken_at": 10}}
+    outputs = train_together(runs, folder, count=2, devices=2, cache=cache, codes=[1, 1])
+    for index, text in enumerate(outputs):
+        (folder / f"output{index}").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together_slow(tmp_path_factory, cache):
+    """Likewise, of four processes."""
+    folder = tmp_path_factory.mktemp("together")
+    train_together(SLOW, folder, count=4, devices=2, cache=cache)
+    return folder
+
+
+def values_of(workdir):
+    """The numbers of metrics.jsonl that do not depend on time, by (step, name)."""
+    rows = read_metrics(workdir / "metrics.jsonl")
+    names = ("loss", "grad_norm", "valid/loss")
+    return {(row["step"], name): row[name] for row in rows for name in names if name in row}
+
+
+def equal_to_one_process(workdir, fields, num_shards, *, count, alone):
+    """The run in `workdir` against one of this process on the same mesh."""
+    devices = jax.devices()[: math.prod(fields.values())]
+    state = train(make_run(Layout(**fields)), alone, devices=devices, quiet=True)
+    expected = values_of(alone)
+    assert [key for key in expected if key[1] != "grad_norm"] == [
+        (step, name)
+        for step in range(1, 11)
+        for name in ("loss", *(["valid/loss"] if step in (5, 10) else []))
+    ]
+    assert values_of(workdir) == pytest.approx(expected, rel=1e-6)
+    whole, shards = next(Rows().batches(batch_size=16, seed=0)), []
+    for index in range(count):
+        with np.load(workdir / f"rows{index}.npz") as found:
+            shard, of = (int(x) for x in found["shard"])
+            for name, value in whole.items():
+                assert found[name].tobytes() == np.split(value, of)[shard].tobytes()
+        shards.append((shard, of))
+        if (workdir / f"params{index}.npz").exists():
+            with np.load(workdir / f"params{index}.npz") as found:
+                for name, value in state.params.items():
+                    np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7)
+    assert sorted(set(shards)) == [(shard, num_shards) for shard in range(num_shards)]
+
+
+@pytest.mark.parametrize(("name", "num_shards"), [("fsdp", 2), ("tensor", 1)])
+def test_two_processes_equal_one(together, name, num_shards, tmp_path):
+    assert (together / name / "params1.npz").exists()
+    equal_to_one_process(together / name, QUICK[name], num_shards, count=2, alone=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_shards"), [("data-tensor", 2), ("slices-fsdp-tensor", 4), ("context-expert", 1)]
+)
+def test_four_processes_equal_one(together_slow, name, num_shards, tmp_path):
+    assert (together_slow / name / "params3.npz").exists()
+    equal_to_one_process(together_slow / name, SLOW[name], num_shards, count=4, alone=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fsdp", pytest.param("tensor", marks=pytest.mark.slow)])
+def test_one_process_goes_on_from_what_two_saved(together, name, tmp_path):
+    """On another mesh, too: two more steps equal those of a run that never stopped."""
+    shutil.copytree(together / name, tmp_path / "run")
+    for folder, devices in (("run", 2), ("whole", 4)):
+        layout = Layout(data=1, fsdp=devices)
+        run = make_run(layout, steps=12)
+        train(run, tmp_path / folder, devices=jax.devices()[:devices], quiet=True)
+    found, expected = (values_of(tmp_path / folder) for folder in ("run", "whole"))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_what_one_saved(cache, tmp_path):
+    train(make_run(Layout(fsdp=2)), tmp_path / "run", devices=jax.devices()[:2], quiet=True)
+    runs = {"run": {"data": 1, "fsdp": 4, "steps": 12}}
+    train_together(runs, tmp_path, count=2, devices=2, cache=cache)
+    train(make_run(Layout(), steps=12), tmp_path / "one", devices=jax.devices()[:1], quiet=True)
+    assert values_of(tmp_path / "run") == pytest.approx(values_of(tmp_path / "one"), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(cache, tmp_path):
+    """Else one would go on from step 10 and the other from step 6."""
+    runs = {"run": {"data": 1, "fsdp": 4}}
+    train_together(runs, tmp_path, count=2, devices=2, cache=cache)
+    runs["run"]["unreadable"] = 10
+    outputs = train_together(runs, tmp_path, count=2, devices=2, cache=cache)
+    assert "the checkpoint of step 10 cannot be read and is set aside: a block" in outputs[0]
+    assert (tmp_path / "run" / "checkpoints" / "10.unreadable").exists()
+    train(make_run(Layout(), steps=10), tmp_path / "one", devices=jax.devices()[:1], quiet=True)
+    assert values_of(tmp_path / "run") == pytest.approx(values_of(tmp_path / "one"), rel=1e-6)
+
+
+def test_sigterm_on_one_process_stops_both_at_the_same_step(cache, tmp_path):
+    """And one process alone goes on from there, as a run that was never stopped."""
+    (tmp_path / "endless.py").write_text(CONFIG)
+    flags = [f"--config={tmp_path}/endless.py", f"--workdir={tmp_path}/run", "--devices=2"]
+    processes = start(["lmjax.train", *flags], count=2, devices=2, cache=cache)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and all(p.poll() is None for p in processes):
+        if metrics.exists() and metrics.stat().st_size > 0:
+            processes[1].send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.05)
+    outputs = end(processes, [143, 143])
+    (step,) = (int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert 1 <= step < 100_000
+    assert f"stopped by SIGTERM after step {step}, which is saved" in outputs[0]
+    assert "To continue" not in outputs[1]
+    assert not any("Traceback" in output for output in outputs)
+    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, step + 1))
+    assert sorted(p.name for p in (tmp_path / "run").glob(".shared*")) == []
+
+
+def test_an_error_of_one_process_ends_both_at_once(together):
+    """The other one waits in a collective, which never ends by itself."""
+    outputs = [(together / f"output{index}").read_text() for index in range(2)]
+    assert "error: process 1 failed: RuntimeError: the disk of this host is gone" in outputs[0]
+    assert "Traceback" not in outputs[0]
+    assert "Traceback" in outputs[1] and "the disk of this host is gone" in outputs[1]
+
+
+def test_two_processes_equal_one_until_one_of_them_breaks(together, tmp_path):
+    """Data-parallel, by all that the run has written before its end."""
+    equal_to_one_process(together / "broken", {"data": 4}, 2, count=2, alone=tmp_path)
+    assert [int(p.name) for p in (together / "broken" / "checkpoints").iterdir()] == [6]
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared_is_refused_by_all(cache, tmp_path):
+    """Two hosts with a disk each: the working folders differ, and the path is relative."""
+    (tmp_path / "endless.py").write_text(CONFIG)
+    command = ["lmjax.train", f"--config={tmp_path}/endless.py", "--workdir=run"]
+    folders = [tmp_path / str(index) for index in range(2)]
+    for folder in folders:
+        folder.mkdir()
+    processes = start(command, count=2, devices=1, cache=cache, folders=folders)
+    outputs = end(processes, [2, 2])
+    assert "process 1 does not see what process 0 writes to run" in outputs[0]
+
+
+# A mesh axis of 2 between the halves of 8 devices, that is between two processes of 4, and so on.
+PROCESS_OF = {
+    "2 x 4": lambda device: device.id // 4,
+    "4 x 2": lambda device: device.id // 2,
+    "8 x 1": lambda device: device.id,
+    "1 x 8": lambda device: 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "processes", "expected"),
+    [
+        ({"data": 8}, "2 x 4", [(0, 2), (1, 2)]),
+        ({"data": 8}, "4 x 2", [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ({"data": 8}, "1 x 8", [(0, 1)]),
+        ({"data": 1, "tensor": 8}, "2 x 4", [(0, 1), (0, 1)]),
+        ({"data": 2, "tensor": 4}, "4 x 2", [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, "2 x 4", [(0, 2), (1, 2)]),
+        ({"data": 1, "context": 4, "expert": 2}, "4 x 2", [(0, 1)] * 4),
+        ({"data": 2, "stage": 4}, "8 x 1", [(0, 2)] * 4 + [(1, 2)] * 4),
+    ],
+)
+def test_rows_of_a_process(fields, processes, expected, devices):
+    mesh = Layout(**fields).mesh(devices)
+    process_of = PROCESS_OF[processes]
+    found = [local_rows(mesh, i, process_of) for i in range(len(expected))]
+    assert found == expected
+
+
+def test_rows_that_are_not_consecutive_are_refused(devices):
+    mesh = Layout(data=2, context=2, expert=2).mesh(devices)  # each process: one of two experts
+    with pytest.raises(UserError, match=r"would hold rows \{0, 2\} and \{1, 3\} of 4"):
+        local_rows(mesh, 0, lambda device: device.id % 2)
+    assert local_rows(mesh, 1, lambda device: device.id // 4) == (1, 2)
+
+
+HOST = "first.example:1234"
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "expected"),
+    [
+        ({}, {}, None),
+        ({"coordinator": HOST, "num_processes": 2, "process_id": 1}, {}, (HOST, 2, 1)),
+        (
+            {"process_id": 0},
+            {
+                "LMJAX_COORDINATOR": HOST,
+                "LMJAX_NUM_PROCESSES": "2",
+                "LMJAX_PROCESS_ID": "1",
+            },
+            (HOST, 2, 0),
+        ),
+        ({"coordinator": HOST, "num_processes": 1, "process_id": 0}, {}, None),
+        ({"detect": True}, {}, (None, None, None)),
+        ({}, SLURM, (None, None, None)),
+        ({"detect": False}, SLURM, None),
+        ({}, {**SLURM, "SLURM_NTASKS": "1"}, None),
+        ({}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, None),  # a batch script before srun
+        (
+            {},
+            {"OMPI_MCA_orte_hnp_uri": "x", "OMPI_COMM_WORLD_SIZE": "4"},
+            (None, None, None),
+        ),
+        ({}, {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "a,b"}, (None, None, None)),
+        ({}, {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "a"}, None),
+    ],
+)
+def test_where_the_processes_come_from(flags, environ, expected):
+    found = processes_from(**flags, environ=environ)
+    if expected is not None:
+        coordinator, num_processes, process_id = expected
+        expected = Processes(
+            coordinator=coordinator, num_processes=num_processes, process_id=process_id
+        )
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "message"),
+    [
+        ({"process_id": 0}, {}, r"--coordinator \(or LMJAX_COORDINATOR\) and --num_processes "),
+        ({"detect": True, "num_processes": 2}, {}, "--coordinator .* not given"),
+        ({}, {"LMJAX_PROCESS_ID": "0"}, "--coordinator .* not given"),
+        ({}, {"LMJAX_PROCESS_ID": "zero"}, "LMJAX_PROCESS_ID is 'zero': give a number"),
+        ({"detect": False, "process_id": 0}, {}, "--nodistributed contradicts --process_id"),
+        ({"coordinator": HOST, "num_processes": 2, "process_id": 2}, {}, "--process_id 2 of "),
+        ({"coordinator": HOST, "num_processes": 0, "process_id": 0}, {}, "at least one process"),
+        ({"coordinator": "first", "num_processes": 2, "process_id": 0}, {}, "give HOST:PORT"),
+        ({"coordinator": "first:x", "num_processes": 2, "process_id": 0}, {}, "give HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(flags, environ, message):
+    with pytest.raises(UserError, match=message):
+        processes_from(**flags, environ=environ)
+
+
+def test_a_node_with_one_process_shows_it_all_devices():
+    assert one_process_a_node({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"})
+    assert one_process_a_node({"SLURM_STEP_TASKS_PER_NODE": "1"})
+    assert not one_process_a_node({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"})
+    assert one_process_a_node({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+    assert not one_process_a_node({})
+
+
+def test_partial_flags_end_the_launcher_with_2():
+    done = subprocess.run(
+        [sys.executable, "-m", "lmjax.train", "--config=configs/char.py", "--process_id=0"],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("LMJAX_")},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "--coordinator (or LMJAX_COORDINATOR) and --num_processes" in done.stderr
+    assert "Traceback" not in done.stderr
