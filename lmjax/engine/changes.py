@@ -21,7 +21,7 @@ _CHANGES = [
         _HARMLESS,
         "",
     ),
-    (r"(^|\.)(workers|remat|unroll|vocab_chunk)$", _HARMLESS, ""),
+    (r"(^|\.)(workers|remat(\.\w+)?|unroll|vocab_chunk)$", _HARMLESS, ""),
     (
         r"^(layout\.|microbatches$|precision\.(products|quantized)$)",
         _CURVE,

@@ -196,7 +196,9 @@ def train(
         raise UserError(f"--workdir {workdir} cannot be made: {error.strerror}.") from error
     run.data.check()
     mesh = run.layout.mesh(devices)
-    ways = batch_ways(mesh)
+    ways, stages = batch_ways(mesh), mesh.shape["stage"]
+    if stages > 1:
+        ways *= run.layout.stage_microbatches or stages
     distributed.local_rows(mesh)
     for evaluator in run.evals.values():
         evaluator.check(run.task, run.data, ways=ways)

@@ -6,7 +6,7 @@ B batch, T length, D embed, F hidden units of an expert, E experts, k experts of
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from lmjax import sharding
 from lmjax.core import Mean
 from lmjax.layers.mlp import SwiGlu
 from lmjax.ops.experts import Kernels, capacity, dropless
+from lmjax.ops.matmul import travelling_dtype
 from lmjax.ops.routing import (
     load_balance_loss,
     router_logits,
@@ -24,6 +25,7 @@ from lmjax.ops.routing import (
     sigmoid_top_k,
     softmax_top_k,
 )
+from lmjax.ops.spread import complete
 
 Scores = Literal["softmax", "sigmoid"]
 Routing = Literal["dropless", "capacity"]
@@ -113,26 +115,17 @@ class Moe(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """One device's tokens through the experts; `scatter` leaves each rank its part of T."""
 
-        def run(x: jax.Array, weights: jax.Array, kernels: tuple[jax.Array, ...]) -> Any:
-            whole = Kernels(
-                *(
-                    _gather(kernel, axis, self.dtype)
-                    for kernel, axis in zip(kernels, (1, 1, 2), strict=True)
-                )
-            )
-            E, dtype = self.num_experts, self.dtype
-            if self.routing == "dropless":
-                y = dropless(x, experts_BTk, weights, whole, num_experts=E, dtype=dtype)
-                return y, jnp.zeros(x.shape[:2])
+        travelling = travelling_dtype(self.dtype)
+        parts = zip(kernels, (1, 1, 2), strict=True)
+        whole = Kernels(*(complete(w, "embed", axis, dtype=travelling) for w, axis in parts))
+        arguments = x_BTD, experts_BTk, weights_BTk, whole
+        E, dtype = self.num_experts, self.dtype
+        if self.routing == "dropless":
+            y_BTD = dropless(*arguments, num_experts=E, dtype=dtype)
+            dropped_BT = jnp.zeros(x_BTD.shape[:2])
+        else:
             factor = self.capacity_factor
-            return capacity(
-                x, experts_BTk, weights, whole, num_experts=E, factor=factor, dtype=dtype
-            )
-
-        if sharding.axis_size("fsdp") > 1:
-            # Gathered kernels are not kept for the backward pass: it gathers them again.
-            run = jax.checkpoint(run, policy=_all_but_gathered, prevent_cse=False)
-        y_BTD, dropped_BT = run(x_BTD, weights_BTk, kernels)
+            y_BTD, dropped_BT = capacity(*arguments, num_experts=E, factor=factor, dtype=dtype)
         if sharding.axis_size("tensor") > 1:
             if scatter:
                 y_BTD = lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
@@ -154,32 +147,3 @@ def _names(num_rows: int, length: int) -> tuple[str | None, str | None, str | No
         split,
         "residual" if length % sharding.ways("residual") == 0 else split,
     )
-
-
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive is not lax.all_gather_p
-
-
-def _gather(kernel: jax.Array, axis: int, dtype: str) -> jax.Array:
-    """The kernel whole along `axis`, which `fsdp` splits, in the dtype of its products."""
-    return _gather_over_fsdp(kernel, axis, dtype) if sharding.axis_size("fsdp") > 1 else kernel
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_over_fsdp(kernel: jax.Array, axis: int, dtype: str) -> jax.Array:
-    return lax.all_gather(kernel.astype(dtype), "fsdp", axis=axis, tiled=True)
-
-
-def _gather_over_fsdp_fwd(kernel: jax.Array, axis: int, dtype: str) -> tuple[jax.Array, jax.Array]:
-    return _gather_over_fsdp(kernel, axis, dtype), jnp.zeros((0,), kernel.dtype)
-
-
-def _gather_over_fsdp_bwd(
-    axis: int, dtype: str, like: jax.Array, gradient: jax.Array
-) -> tuple[jax.Array]:
-    del dtype
-    gradient = gradient.astype(like.dtype)
-    return (lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True),)
-
-
-_gather_over_fsdp.defvjp(_gather_over_fsdp_fwd, _gather_over_fsdp_bwd)
