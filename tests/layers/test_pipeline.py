@@ -223,6 +223,7 @@ def moved(program):
     ]
 
 
+@pytest.mark.slow
 def test_training_on_stages_equals_training_on_one_device(devices):
     """And stages send activations to each other, never weights."""
     task = CausalLM(model=gpt(num_layers=4, **SIZES))

@@ -147,6 +147,7 @@ def test_bf16_operands(devices: Any) -> None:
     assert np.max(np.abs(got[0] - want[0])) > 1e-5  # the operands were rounded
 
 
+@pytest.mark.slow
 def test_under_stages_scan_and_remat(devices: Any) -> None:
     """As a pipeline runs it: mapped over `stage`, in a loop of layers that computes them again."""
     mesh = Layout(data=2, stage=2, context=2).mesh(devices)
