@@ -81,7 +81,7 @@ def compile_program(
     microbatches: int = 1,
     trainable: str = "",
     seed: int = 0,
-    precision: Precision = Precision(),  # noqa: B008 (frozen)
+    precision: Precision = Precision(),  # noqa: B008, as it is frozen
     devices: Sequence[jax.Device] | None = None,
 ) -> Program:
     """Compiles the training step once, from abstract shapes: `draft_program`, compiled."""
@@ -109,7 +109,7 @@ def draft_program(
     microbatches: int = 1,
     trainable: str = "",
     seed: int = 0,
-    precision: Precision = Precision(),  # noqa: B008 (frozen)
+    precision: Precision = Precision(),  # noqa: B008, as it is frozen
     devices: Sequence[jax.Device] | None = None,
 ) -> Draft:
     """Traces the training step, from abstract shapes.

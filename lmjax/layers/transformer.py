@@ -148,8 +148,9 @@ class Stack(nn.Module):
 
         def axes() -> Any:
             boxed = jax.eval_shape(partial(template.init, train=False), jax.random.key(0), x_BTD)
-            is_box = lambda x: isinstance(x, sharding.Boxed)  # noqa: E731
-            return jax.tree.map(lambda x: x.axes, boxed["params"], is_leaf=is_box)
+            return jax.tree.map(
+                lambda x: x.axes, boxed["params"], is_leaf=lambda x: isinstance(x, sharding.Boxed)
+            )
 
         policy = rule(self.remat)
         return pipelined(

@@ -55,7 +55,8 @@ class _Pairs(NamedTuple):
 
     def at(self, index: int | jax.Array) -> tuple[Any, Any, Any]:
         """(part of the queries, part of the keys, whether triangular, None for never)."""
-        return tuple(None if x is None else jnp.asarray(x)[index] for x in self)  # type: ignore[return-value]
+        queries, keys, diagonal = (None if x is None else jnp.asarray(x)[index] for x in self)
+        return queries, keys, diagonal
 
 
 def attention(

@@ -79,7 +79,10 @@ def _attention(
             jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BTHK, k_BTGK, v_BTGK)
         )
         none = jnp.iinfo(jnp.int32).min
-        segments = tuple(jnp.pad(x, ((0, 0), (0, padding)), constant_values=none) for x in segments)  # type: ignore[assignment]
+        of_queries, of_keys = (
+            jnp.pad(x, ((0, 0), (0, padding)), constant_values=none) for x in segments
+        )
+        segments = of_queries, of_keys
     size = T + padding
     block = next(b for b in _BLOCKS if size % b == 0)
     blocks = splash.BlockSizes(
