@@ -1,16 +1,32 @@
-"""The one exception class for mistakes that the person at the keyboard can mend."""
+"""The exception for mistakes that the person at the keyboard can mend, and the exit codes."""
 
 from __future__ import annotations
 
 import difflib
+import enum
 from collections.abc import Iterable
+
+
+class Exit(enum.IntEnum):
+    """How a command ended, for supervisors: AGAIN asks for the same command once more."""
+
+    DONE = 0
+    ERROR = 1  # of lmjax itself, or of the machine
+    USAGE = 2  # a bad config, file or flag
+    NOT_FINITE = 3  # the loss or the gradient
+    CORRUPT = 4  # replicas of a parameter differ: a device computes wrongly
+    AGAIN = 75  # another process was lost, or nothing moved for too long
+    INTERRUPTED = 130  # Ctrl-C, saved
+    TERMINATED = 143  # SIGTERM, saved
 
 
 class UserError(ValueError):
     """A bad config, file or flag: says what was given, what is allowed, and the fix.
 
-    Entry points print its message without a traceback and exit with code 2.
+    Entry points print its message without a traceback and exit with `code`.
     """
+
+    code = Exit.USAGE
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
