@@ -13,6 +13,8 @@ BITS = {
     "c64": 64, "c128": 128, "f4e2m1fn": 4, "f8e4m3": 8, "f8e4m3b11fnuz": 8, "f8e4m3fn": 8,
     "f8e4m3fnuz": 8, "f8e5m2": 8, "f8e5m2fnuz": 8, "f8e3m4": 8, "f8e8m0fnu": 8,
 }  # fmt: skip
+# What runs its computation as one instruction; `call-start` runs it on a SparseCore (TPU7x).
+FUSED = ("fusion", "async-start", "call-start")
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _END = re.compile(r"^\}(?!\})")
@@ -220,7 +222,6 @@ def inside(module: Module, computation: str) -> Iterator[tuple[str, Instruction]
     """(computation, instruction) of a frame and of the fusions and asynchronous calls within it."""
     for instruction in module.computations.get(computation, {}).values():
         yield computation, instruction
-        if instruction.opcode in ("fusion", "async-start"):
-            for how, name in instruction.called:
-                if how == "calls":
-                    yield from inside(module, name)
+        if instruction.opcode in FUSED:
+            for _, name in instruction.called:
+                yield from inside(module, name)

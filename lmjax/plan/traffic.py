@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lmjax.plan.hlo import Computation, Instruction, Module, frames
+from lmjax.plan.hlo import FUSED, Computation, Instruction, Module, frames
 
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
@@ -33,8 +33,8 @@ def _moved(module: Module, computation: Computation, instruction: Instruction) -
     if instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update")):
         return 0.0
     operands = [computation[name] for name in instruction.operands if name in computation]
-    callee = dict(instruction.called).get("calls")
-    if callee and instruction.opcode in ("fusion", "async-start"):
+    if instruction.opcode in FUSED and instruction.called:
+        callee = instruction.called[0][1]
         return _moved_by_fusion(module.computations.get(callee, {}), operands)
     if instruction.opcode == "dynamic-update-slice":
         return 2 * _in_hbm(operands[1]) if len(operands) > 1 else 0.0

@@ -104,6 +104,23 @@ ENTRY %main (p: bf16[8,16]) -> bf16[32,16] {
 """  # noqa: E501
 
 
+# A gather that a processor of its own runs beside the products.
+OFFLOADED = """\
+HloModule m
+%called (p: bf16[8,16], t: token[]) -> bf16[32,16] {
+  %p.1 = bf16[8,16]{1,0} parameter(0)
+  %t.1 = token[] parameter(1)
+  ROOT %g = bf16[32,16]{1,0} all-gather(%p.1), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: bf16[8,16]) -> bf16[32,16] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %token = token[] custom-call(), custom_call_target="prepare"
+  %begin = ((bf16[8,16]{1,0}, token[]), bf16[32,16]{1,0}) call-start(%p, %token), async_execution_thread="sparsecore", to_apply=%called, metadata={op_name="jit(step)/gather"}
+  ROOT %end = bf16[32,16]{1,0} call-done(%begin)
+}
+"""  # noqa: E501
+
 SLICES = """\
 HloModule m
 ENTRY %main (p: f32[12,8]) -> f32[12,8] {
@@ -233,3 +250,11 @@ body=%body, metadata={op_name="jit(step)/transpose(jvp(M))/while"}
 """
     assert kept_bytes(hlo.parse(text)) == 0
     assert kept_bytes(hlo.parse(text.rstrip().removesuffix("}") + backward)) == 6 * 100 * 4
+
+
+def test_a_gather_on_a_processor_of_its_own_counts():
+    module = hlo.parse(OFFLOADED)
+    (gather,) = collectives(module, MESH)
+    assert (gather.kind, gather.axes, gather.payload_bytes) == ("all-gather", ("fsdp",), 256)
+    assert gather.source == "jit(step)/gather"
+    assert hbm_bytes(module) == 256 + 1024
