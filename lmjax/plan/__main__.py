@@ -31,7 +31,9 @@ PRICE = flags.DEFINE_float(
     "price_per_chip_hour", 0.0, "in any currency; the run's price is in the same", lower_bound=0.0
 )
 SEARCH = flags.DEFINE_bool("search", False, "look over layouts, and compile the best few")
-CANDIDATES = flags.DEFINE_integer("search_compiles", 4, "how many of them", lower_bound=1)
+CANDIDATES = flags.DEFINE_integer(
+    "search_compiles", 4, "how many that fit to compile", lower_bound=1
+)
 MEND = flags.DEFINE_bool("mend", True, "where it does not fit, try changes by compiling them")
 COMPARE = flags.DEFINE_string("compare", None, "a plan's JSON: print what changed since")
 DOES_NOT_FIT = 4

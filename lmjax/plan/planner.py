@@ -13,8 +13,8 @@ import jax
 from ml_collections import ConfigDict
 
 from lmjax.config import build
-from lmjax.engine.loop import Run, draft_run
 from lmjax.engine.program import Draft, Program
+from lmjax.engine.run import Run, draft_run
 from lmjax.errors import UserError
 from lmjax.plan import cost, estimate, flop, hlo, memory, traffic
 from lmjax.plan.collectives import Collective, collectives

@@ -25,6 +25,8 @@ def changes_that_save(config: ConfigDict, mesh: Mapping[str, int]) -> list[Chang
     fields = dict(leaves(config))
     found: list[Change] = []
     for name, value in fields.items():
+        if name.startswith("evals."):
+            continue  # no part of the step
         last = name.rpartition(".")[2]
         if last == "remat" and value != "full":
             found.append({name: "full"})
@@ -63,7 +65,7 @@ def mend(
     for trial in sorted(trials, key=lambda t: t.memory_bytes):
         if trial.memory_bytes >= plan.memory_bytes or together.keys() & trial.change.keys():
             continue  # saves nothing, or contradicts what saves more
-        together |= trial.change
+        together = together | trial.change
         if together == trial.change:
             continue
         both = attempt(load, together, topology, devices)
@@ -111,9 +113,10 @@ def search(
 
     Args:
       mesh: of the config as it is; its stages are kept.
-      compiles: how many of them are compiled.
+      compiles: how many that fit are asked for; up to three times as many are compiled.
     """
-    experts = any("expert" in name.rpartition(".")[2] for name, _ in leaves(load({})))
+    names = [name for name, _ in leaves(load({})) if not name.startswith("layout.")]
+    experts = any("expert" in name.rpartition(".")[2] for name in names)
     candidates = []
     stages = mesh.get("stage", 1)
     for sizes in layouts(len(devices), topology.slices, experts=experts, stages=stages):
@@ -125,11 +128,13 @@ def search(
             continue
         candidates.append(trial)
     say(f"{len(candidates)} layouts divide model, batch and devices, and may fit")
-    candidates = _ranked(candidates)[:compiles]
+    candidates = _ranked(candidates)
     if topology.platform == "gpu" and devices[0].platform == "cpu":
-        return candidates
-    compiled = []
-    for candidate in candidates:
+        return candidates[:compiles]
+    compiled: list[Trial] = []
+    for candidate in candidates[: 3 * compiles]:
+        if sum(trial.fits for trial in compiled) == compiles:
+            break
         trial = attempt(load, candidate.change, topology, devices)
         if trial is not None:
             compiled.append(trial)

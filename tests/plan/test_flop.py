@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from lmjax.config import build, load_config
-from lmjax.engine.loop import draft_run
+from lmjax.engine.run import draft_run
 from lmjax.plan.flop import executed, largest
 
 PRODUCT = 2.0 * 3 * 4 * 5

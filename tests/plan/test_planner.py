@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from lmjax.config import build, load_config
-from lmjax.engine.loop import draft_run
+from lmjax.engine.run import draft_run
 from lmjax.errors import UserError
 from lmjax.plan.html import page
 from lmjax.plan.planner import Plan, Trial, make_plan
@@ -114,8 +114,9 @@ def test_too_little_memory_is_said(plan, devices):
 
 
 def test_mend_tries_changes_alone_and_then_together(plan, monkeypatch):
-    """`full` saves 1, microbatches 2 and 3, all others nothing; it fits once 4 are saved."""
-    saved = {"task.model.remat": 1, "microbatches=2": 2, "microbatches=4": 3}
+    """`full` and chunks save 1, microbatches 2 and 3, others nothing; it fits once 5 are saved."""
+    saved = {"task.model.remat=full": 1, "task.vocab_chunk": 1}
+    saved |= {"microbatches=2": 2, "microbatches=4": 3}
     tried = []
 
     def pretend(load, change, topology, devices):
@@ -123,7 +124,7 @@ def test_mend_tries_changes_alone_and_then_together(plan, monkeypatch):
         total = sum(saved.get(k, saved.get(f"{k}={v}", 0)) for k, v in change.items())
         return Trial(
             change=change,
-            fits=total >= 4,
+            fits=total >= 5,
             memory_bytes=plan.memory_bytes - total,
             step_s=1.0,
             serial_s=1.0,
@@ -134,7 +135,9 @@ def test_mend_tries_changes_alone_and_then_together(plan, monkeypatch):
     monkeypatch.setattr("lmjax.plan.search.attempt", pretend)
     trials = mend(lambda c: load({"task.model.remat": "none", **c}), plan, CPU, [])
     assert trials[0].fits and not trials[1].fits
-    assert trials[0].change == {"task.model.remat": "full", "microbatches": "4"}
+    whole = {"task.model.remat": "full", "task.vocab_chunk": "8192", "microbatches": "4"}
+    assert trials[0].change == whole
+    assert len({str(sorted(t.change.items())) for t in trials}) == len(trials)
     assert tried.index({"microbatches": "2"}) < tried.index(trials[0].change)
     told = [title for title, _ in sections(dataclasses.replace(plan, trials=trials))]
     assert "changes that were tried" in told
