@@ -10,8 +10,8 @@ from ml_collections import FieldReference
 from lmjax.config import call
 from lmjax.data.text import Text, validation
 from lmjax.data.vocabulary import BPE
-from lmjax.engine.loop import Run
 from lmjax.engine.precision import Precision
+from lmjax.engine.run import Run
 from lmjax.evaluate.losses import Losses
 from lmjax.models.gpt import gpt2
 from lmjax.optim.presets import adamw

@@ -14,8 +14,8 @@ from ml_collections import FieldReference
 from lmjax.config import call
 from lmjax.data.text import Text, validation
 from lmjax.data.vocabulary import BPE
-from lmjax.engine.loop import Run
 from lmjax.engine.precision import Precision
+from lmjax.engine.run import Run
 from lmjax.evaluate.losses import Losses
 from lmjax.generate.samples import Samples
 from lmjax.models.llama import llama3

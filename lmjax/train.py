@@ -1,7 +1,9 @@
 """`python -m lmjax.train --config=configs/shakespeare.py --workdir=DIR [--config.steps=500]`.
 
-Exit codes: 0 done; 1 an error of lmjax itself; 2 a bad config, file or flag; 3 the loss is not
-finite; 130 and 143 stopped by Ctrl-C and SIGTERM, saved.
+Exit codes: 0 done; 1 an error of lmjax itself, or of the machine; 2 a bad config, file or flag; 3
+the loss is not finite; 4 replicas of a parameter differ; 75 another process was lost, or nothing
+moved for too long; 130 and 143 stopped by Ctrl-C and SIGTERM, saved. After 75 and 143 the same
+command goes on from the last checkpoint, and `scripts/supervise` starts it.
 
 For a run of many processes each starts this same command, with `--coordinator`, `--num_processes`
 and `--process_id`, or with `--distributed` on a cluster that jax knows: docs/many_hosts.md.
@@ -21,12 +23,12 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from lmjax.config import build_and_resolve, explain, load_config
-from lmjax.errors import UserError
+from lmjax.errors import Exit, UserError
 from lmjax.flags import CONFIG, OVERRIDES, fail, parse_flags
 from lmjax.hardware import prepare_cpu
 
 if TYPE_CHECKING:
-    from lmjax.engine.distributed import Processes
+    from lmjax.engine.processes import Processes
 
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run lies; an existing one is continued")
 EXPLAIN = flags.DEFINE_bool("explain", False, "print every value and where it comes from, and stop")
@@ -38,6 +40,12 @@ COORDINATOR = flags.DEFINE_string(
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes run together")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+HEARTBEAT_S = flags.DEFINE_float(
+    "heartbeat_s",
+    20.0,
+    "of many processes: how long a host may give no answer before it counts as lost",
+    lower_bound=1.0,
+)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     None,
@@ -74,25 +82,23 @@ def main(argv: list[str]) -> None:
         if not WORKDIR.value:
             raise UserError("--workdir is not given: name a folder for the run.")
     except (UserError, OSError) as error:
-        end(error, 2)
+        end(error, Exit.USAGE)
     if processes is None:
         _prepare_jax()
     import jax
 
     from lmjax.engine import distributed
-    from lmjax.engine.loop import Interrupted, NonFinite, train
+    from lmjax.engine.loop import Interrupted, train
 
     try:
         train(run, WORKDIR.value, config=tree)
         distributed.disconnect()
-    except NonFinite as error:
-        end(error, 3)
     except UserError as error:
-        end(error, 2)
+        end(error, error.code)
     except OSError as error:  # a full or read-only disk
-        end(error, 1)
+        end(error, Exit.ERROR)
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
-        end(RuntimeError("stopped at once; what was saved before is untouched."), 130)
+        end(RuntimeError("stopped at once; what was saved before is untouched."), Exit.INTERRUPTED)
     except Interrupted as stop:
         command = f"{sys.executable} -m lmjax.train {shlex.join(sys.argv[1:])}"
         if processes is None or not jax.process_index():
@@ -103,7 +109,7 @@ def main(argv: list[str]) -> None:
 
 def _processes() -> Processes | None:
     """The processes that flags and environment ask for."""
-    from lmjax.engine.distributed import processes_from
+    from lmjax.engine.processes import processes_from
 
     return processes_from(
         coordinator=COORDINATOR.value,
@@ -119,7 +125,7 @@ def _connect(processes: Processes) -> Callable[[Exception, int], NoReturn]:
 
     from lmjax.engine import distributed
 
-    distributed.connect(processes)
+    distributed.connect(processes, heartbeat_s=HEARTBEAT_S.value)
     if jax.process_index():
         logging.getLogger("lmjax").setLevel(logging.ERROR)  # the first one speaks for all
     return distributed.fail

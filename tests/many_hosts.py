@@ -18,7 +18,9 @@ from lmjax import sharding
 from lmjax.core import Mean, Output
 from lmjax.engine import distributed
 from lmjax.engine.checkpoint import Checkpoints
-from lmjax.engine.loop import Run, train
+from lmjax.engine.loop import train
+from lmjax.engine.processes import processes_from
+from lmjax.engine.run import Run
 from lmjax.evaluate.losses import Losses
 from lmjax.sharding import Boxed, Layout
 from tests.engine.linear_task import Linear, Points
@@ -124,7 +126,7 @@ def main(runs: dict, folder: Path) -> None:
     """Trains every named run (fields of Layout, and what is to go wrong), one after the other."""
     jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    distributed.connect(distributed.processes_from(), timeout_s=60)
+    distributed.connect(processes_from(), timeout_s=60)
     for name, fields in runs.items():
         changes = {"steps": fields.pop("steps", 10)}
         cannot_read(fields.pop("unreadable", -1))

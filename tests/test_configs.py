@@ -12,8 +12,9 @@ import pytest
 
 from lmjax.config import build_and_resolve, load_config
 from lmjax.engine.curves import read_metrics
-from lmjax.engine.loop import Run, compile_run, train
+from lmjax.engine.loop import train
 from lmjax.engine.program import Program
+from lmjax.engine.run import Run, compile_run
 from lmjax.sharding import Layout
 
 ROOT = Path(__file__).parents[1]

@@ -204,7 +204,7 @@ def test_loss_that_is_no_number_stops_the_run(launch, corpus, tmp_path):
         f"--workdir={tmp_path}",
     )
     assert (done.returncode, "Traceback" in done.stderr) == (3, False)
-    assert "error: the loss is nan at step " in done.stderr
+    assert "is bad: the loss is nan" in done.stderr
     assert "Lower the learning rate" in done.stderr
 
 

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 
 from lmjax.engine.curves import read_metrics
-from lmjax.engine.distributed import Processes, local_rows, one_process_a_node, processes_from
+from lmjax.engine.distributed import local_rows
 from lmjax.engine.loop import train
+from lmjax.engine.processes import Processes, one_process_a_node, processes_from
 from lmjax.errors import UserError
 from lmjax.sharding import Layout
 from tests.many_hosts import Rows, make_run
@@ -42,7 +43,7 @@ SLOW = {
 CONFIG = """
 import optax
 from lmjax.config import call
-from lmjax.engine.loop import Run
+from lmjax.engine.run import Run
 from lmjax.sharding import Layout
 from tests.many_hosts import Network, Rows
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmjax.engine.distributed import Processes, processes_from
+from lmjax.engine.processes import Processes, processes_from
 
 ROOT = Path(__file__).parents[1]
 SHELL = sorted(

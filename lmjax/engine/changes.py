@@ -33,6 +33,11 @@ _CHANGES = [
         "the learning rate from here on is that of another schedule",
     ),
     (
+        r"^guard\.(policy|loss_spike|norm_spike|limit)$",
+        _CURVE,
+        "from here on other steps count as bad, or other things follow",
+    ),
+    (
         r"^optimizer",
         _BREAKS,
         "the optimizer's state and the learning rate no longer fit the run so far",

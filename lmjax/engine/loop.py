@@ -6,99 +6,30 @@ import contextlib
 import functools
 import json
 import logging
-import math
-import re
 import signal
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
 
-from lmjax.core import Batch, Dataset, Evaluator, Mean, Task, Variables
+from lmjax.core import Batch, Dataset, Mean, Task, Variables
 from lmjax.engine import distributed
 from lmjax.engine.changes import check_changes
 from lmjax.engine.checkpoint import Checkpoints
-from lmjax.engine.precision import Precision
-from lmjax.engine.program import Draft, Program, draft_program
+from lmjax.engine.incidents import Incidents, batch_of
+from lmjax.engine.program import Program
 from lmjax.engine.report import Report
+from lmjax.engine.run import Run, compile_run
 from lmjax.engine.state import TrainState
 from lmjax.engine.stop import Stop, signals
-from lmjax.errors import UserError
-from lmjax.sharding import Layout, batch_ways
+from lmjax.errors import Exit, UserError
+from lmjax.sharding import batch_ways
 
 log = logging.getLogger("lmjax")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything that defines a training run; a config file records a call of it.
-
-    Args:
-      task: the objective over its model.
-      optimizer: what updates the parameters.
-      data: where batches come from.
-      steps: optimizer steps in all.
-      batch_size: examples per optimizer step, over all devices.
-      layout: devices per mesh axis.
-      precision: of the parameters between steps, and of products with them.
-      microbatches: parts into which a batch is cut to save memory.
-      trainable: regex over parameter paths; "" trains all of them.
-      seed: of initialisation, data order and dropout.
-      evals: evaluators by name; their metrics are reported as `name/metric`.
-      eval_every: steps between evaluations, of which one always follows the last step; 0 for that
-        one alone.
-      save_every: steps between checkpoints, of which one always follows the last step.
-      keep_last: how many of the newest checkpoints are kept.
-      keep_every: checkpoints at multiples of it are kept for good; 0 for none.
-      log_every: steps between lines of metrics.
-      wandb_project: where not "", metrics also go to this Weights & Biases project.
-    """
-
-    task: Task
-    optimizer: optax.GradientTransformation
-    data: Dataset
-    steps: int
-    batch_size: int
-    layout: Layout = field(default_factory=Layout)
-    precision: Precision = field(default_factory=Precision)
-    microbatches: int = 1
-    trainable: str = ""
-    seed: int = 0
-    evals: Mapping[str, Evaluator] = field(default_factory=dict)
-    eval_every: int = 0
-    save_every: int = 1000
-    keep_last: int = 2
-    keep_every: int = 0
-    log_every: int = 10
-    wandb_project: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "microbatches", "save_every", "keep_last", "log_every"):
-            if (value := getattr(self, name)) < 1:
-                raise UserError(f"{name} is {value}: must be at least 1.")
-        for name in ("eval_every", "keep_every"):
-            if (value := getattr(self, name)) < 0:
-                raise UserError(f"{name} is {value}: must not be negative.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed}: must be from 0 to 2**32 - 1.")
-        if self.batch_size % self.microbatches:
-            raise UserError(
-                f"batch_size {self.batch_size} is no multiple of microbatches {self.microbatches}."
-            )
-        if self.keep_every and self.keep_every % self.save_every:
-            raise UserError(
-                f"keep_every {self.keep_every} is no multiple of save_every {self.save_every}: "
-                "nothing would be saved at the steps to be kept."
-            )
-        try:
-            re.compile(self.trainable)
-        except re.error as error:
-            raise UserError(f"trainable is no regular expression: {error}.") from error
-        self.task.check(self.data)
 
 
 class Interrupted(Exception):
@@ -111,8 +42,18 @@ class Interrupted(Exception):
         self.exit_code = 128 + signum
 
 
-class NonFinite(UserError):
-    """The loss or the gradient is NaN or infinite; the state after it was not saved."""
+class BadStep(UserError):
+    """A step was bad and the guard stops the run; its update was not applied."""
+
+    code = Exit.NOT_FINITE
+
+
+class _Rollback(Exception):
+    """Unwinds to where the loop can go back to a checkpoint from before `step`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
 
 
 @dataclass(kw_only=True)
@@ -140,27 +81,6 @@ class RunSession:
         return self.program.eval_step(self.variables(), self.program.put(batch))
 
 
-def compile_run(run: Run, *, devices: Sequence[jax.Device] | None = None) -> Program:
-    """Compiles the program of a run."""
-    return draft_run(run, devices=devices).compile()
-
-
-def draft_run(run: Run, *, devices: Sequence[jax.Device] | None = None) -> Draft:
-    """Traces the program of a run, which `.compile()` of the result then compiles."""
-    return draft_program(
-        run.task,
-        run.optimizer,
-        run.layout,
-        run.data.example,
-        batch_size=run.batch_size,
-        microbatches=run.microbatches,
-        trainable=run.trainable,
-        seed=run.seed,
-        precision=run.precision,
-        devices=devices,
-    )
-
-
 def train(
     run: Run,
     workdir: str | Path,
@@ -185,7 +105,7 @@ def train(
 
     Raises:
       UserError: for a workdir of another run, a full disk, unreadable checkpoints.
-      NonFinite: if the loss is no longer a number.
+      BadStep: where the loss is no longer a number, or what else the guard calls bad.
       Interrupted: after SIGINT or SIGTERM, once the state is saved.
     """
     started = time.perf_counter()
@@ -212,7 +132,9 @@ def train(
             workdir / "checkpoints", keep_last=run.keep_last, keep_every=run.keep_every
         )
         stack.push(functools.partial(_close, checkpoints))
-        state, first = _start(run, program, checkpoints, about)
+        incidents = Incidents(workdir, run.guard, seed=run.seed)
+        start = functools.partial(_start, run, program, checkpoints, incidents, about)
+        state, first = start()
         distributed.barrier()  # what made the state was compiled as well
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(json.dumps(about["config"], indent=1) + "\n")
@@ -220,7 +142,7 @@ def train(
         report = stack.enter_context(Report(run, program, workdir, first_step=first, quiet=quiet))
         report.start(time.perf_counter() - started)
         stop = stack.enter_context(signals())
-        loop = _Loop(run, program, checkpoints, report, about, stop, state)
+        loop = _Loop(run, program, checkpoints, incidents, report, about, stop, start, state)
         loop.go(first)
         checkpoints.wait()
         return loop.session.state
@@ -234,33 +156,36 @@ class _Loop:
         run: Run,
         program: Program,
         checkpoints: Checkpoints,
+        incidents: Incidents,
         report: Report,
         about: Mapping[str, Any],
         stop: Stop,
+        start: Callable[..., tuple[TrainState, int]],
         state: TrainState,
     ) -> None:
         self.run, self.program, self.checkpoints = run, program, checkpoints
-        self.report, self.about, self.stop = report, about, stop
+        self.incidents, self.report, self.about = incidents, report, about
+        self.stop, self.start = stop, start
         self.session = RunSession(
             task=run.task, data=run.data, seed=run.seed, program=program, state=state
         )
         self.unread: tuple[int, dict[str, Mean], float] | None = None
 
     def go(self, first: int) -> None:
-        """Runs steps first + 1 .. run.steps."""
-        run, session = self.run, self.session
-        shard, num_shards = session.shards
-        batches = iter(
-            run.data.batches(
-                batch_size=run.batch_size,
-                seed=run.seed,
-                shard=shard,
-                num_shards=num_shards,
-                start=first,
-            )
-        )
+        """Runs steps first + 1 .. run.steps; goes back to a checkpoint where the guard says so."""
         if first and self.due(first) and not self.report.evaluated(first):
             self.evaluate(first)  # a run that was stopped between saving and evaluating
+        while first < self.run.steps:
+            try:
+                self.steps(first)
+                return
+            except _Rollback as rollback:
+                first = self.roll_back(rollback.step)
+
+    def steps(self, first: int) -> None:
+        """Runs steps first + 1 .. run.steps."""
+        run, session = self.run, self.session
+        batches = self.batches(first)
         for step in range(first + 1, run.steps + 1):
             batch = self.program.put(next(batches))
             session.state, metrics = self.program.train_step(session.state, batch)
@@ -277,6 +202,21 @@ class _Loop:
                 self.checkpoints.wait()
                 raise Interrupted(self.stop.signum, step)
 
+    def batches(self, first: int) -> Iterator[Batch]:
+        """This process's rows of the batches of steps first + 1, first + 2, ..."""
+        run, (shard, num_shards) = self.run, self.session.shards
+        start = batch_of(first + 1, self.incidents.left_out)
+        read = run.data.batches(
+            batch_size=run.batch_size,
+            seed=run.seed,
+            shard=shard,
+            num_shards=num_shards,
+            start=start,
+        )
+        for number, batch in enumerate(read, start):
+            if number not in self.incidents.left_out:
+                yield batch
+
     def due(self, step: int) -> bool:
         """Whether an evaluation follows this step."""
         run = self.run
@@ -289,15 +229,45 @@ class _Loop:
         step, means, dispatched = self.unread
         self.unread = None
         values = {name: float(mean.value) for name, mean in jax.device_get(means).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+        if values.pop("bad"):
+            self.bad(step, values)
+            return
+        self.incidents.good(step, values)
+        self.report.step(step, values, dispatched)
+
+    def bad(self, step: int, values: Mapping[str, float]) -> None:
+        """Does what the guard's policy says of a step whose update was not applied."""
+        guard, incidents = self.run.guard, self.incidents
+        reason = incidents.bad(step, values)
+        within = incidents.count <= guard.limit
+        if guard.policy != "skip":
+            rows = next(self.batches(step - 1))
+            incidents.keep(step, self.session.state, rows, self.position(step - 1))
+        what = f"step {step} is bad: {reason}"
+        if guard.policy == "skip" and within:
+            log.warning("%s. Its update is left out (%d so far).", what, incidents.count)
+        elif guard.policy == "rollback" and within:
+            log.warning("%s. Its batch will be left out.", what)
+            raise _Rollback(step)
+        else:
             saved = self.checkpoints.steps()
             where = f"step {saved[-1]} is saved" if saved else "nothing is saved yet"
-            raise NonFinite(
-                f"the loss is {values['loss']} at step {step} "
-                f"(gradient norm {values['grad_norm']:.3g}); "
-                f"{where}. Lower the learning rate, lengthen the warm-up or clip the gradient."
+            count = f" It is bad step {incidents.count}, and the limit is {guard.limit}."
+            raise BadStep(
+                f"{what}; {where}.{'' if within else count} See where it begins: python -m "
+                f"lmjax.replay --workdir={self.report.workdir} --step={step}. Then lower the "
+                "learning rate, lengthen the warm-up, clip the gradient, or set guard.policy."
             )
-        self.report.step(step, values, dispatched)
+
+    def roll_back(self, step: int) -> int:
+        """Takes the newest state from before `step`; returns the number of steps behind it."""
+        self.unread = None
+        self.checkpoints.wait()
+        del self.session.state  # room for the other
+        self.session.state, first = self.start(at_most=step - 1)
+        self.report.rewind(first)
+        log.warning("went back from step %d to step %d", step, first)
+        return first
 
     def evaluate(self, step: int) -> None:
         """Runs every evaluator on the state after `step`."""
@@ -313,9 +283,13 @@ class _Loop:
         """Starts a checkpoint of the state after `step`, whose loss has been seen to be finite."""
         self.read()
         with self.report.pause():
-            self.checkpoints.save(
-                step, self.session.state, {**self.about, "data": {"next_step": step}}
-            )
+            self.checkpoints.save(step, self.session.state, self.position(step))
+
+    def position(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after `step` says of the run."""
+        left_out = sorted(self.incidents.left_out)
+        data = {"next_batch": batch_of(step + 1, left_out), "left_out": left_out}
+        return {**self.about, "data": data}
 
 
 def _check_folder(workdir: Path, config: Mapping[str, Any]) -> None:
@@ -335,9 +309,15 @@ def _check_folder(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def _start(
-    run: Run, program: Program, checkpoints: Checkpoints, about: Mapping[str, Any]
+    run: Run,
+    program: Program,
+    checkpoints: Checkpoints,
+    incidents: Incidents,
+    about: Mapping[str, Any],
+    *,
+    at_most: int | None = None,
 ) -> tuple[TrainState, int]:
-    """The state to go on from, and the number of steps that it has behind it."""
+    """The state to go on from, and the number of steps behind it: `at_most` so many, if given."""
 
     def check(saved: Mapping[str, Any]) -> None:
         check_changes(checkpoints.directory.parent, saved["config"], about["config"])
@@ -358,12 +338,13 @@ def _start(
             "Raise steps, or use another --workdir."
         )
     log.info("continuing from step %d", step)
-    return state, int(saved["data"]["next_step"])
+    incidents.left_out |= set(saved["data"]["left_out"])
+    return state, step
 
 
 def _close(checkpoints: Checkpoints, kind: Any, error: Any, trace: Any) -> None:
     """Closes what was saved, unless this process alone fails: the others would not come to it."""
     del error, trace
-    together = kind is None or issubclass(kind, Interrupted | NonFinite)
+    together = kind is None or issubclass(kind, Interrupted | BadStep)
     if together or jax.process_count() == 1:
         checkpoints.close()

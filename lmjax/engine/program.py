@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmjax import sharding
 from lmjax.core import Batch, Mean, Output, Spec, Task, Variables
+from lmjax.engine import distributed
+from lmjax.engine.guard import Guard
 from lmjax.engine.precision import Precision, update
 from lmjax.engine.state import TrainState, create_state
 from lmjax.errors import UserError
@@ -71,32 +73,9 @@ class Draft:
     compile: Callable[[], Program]
 
 
-def compile_program(
-    task: Task,
-    optimizer: optax.GradientTransformation,
-    layout: Layout,
-    example: Spec,
-    *,
-    batch_size: int,
-    microbatches: int = 1,
-    trainable: str = "",
-    seed: int = 0,
-    precision: Precision = Precision(),  # noqa: B008, as it is frozen
-    devices: Sequence[jax.Device] | None = None,
-) -> Program:
+def compile_program(*args: Any, **arguments: Any) -> Program:
     """Compiles the training step once, from abstract shapes: `draft_program`, compiled."""
-    return draft_program(
-        task,
-        optimizer,
-        layout,
-        example,
-        batch_size=batch_size,
-        microbatches=microbatches,
-        trainable=trainable,
-        seed=seed,
-        precision=precision,
-        devices=devices,
-    ).compile()
+    return draft_program(*args, **arguments).compile()
 
 
 def draft_program(
@@ -110,6 +89,7 @@ def draft_program(
     trainable: str = "",
     seed: int = 0,
     precision: Precision = Precision(),  # noqa: B008, as it is frozen
+    guard: Guard = Guard(),  # noqa: B008
     devices: Sequence[jax.Device] | None = None,
 ) -> Draft:
     """Traces the training step, from abstract shapes.
@@ -124,6 +104,7 @@ def draft_program(
       trainable: regex over parameter paths; "" trains all.
       seed: of initialisation and of each step's randomness.
       precision: of the parameters and of products with them.
+      guard: which steps' updates are not applied.
       devices: by default all.
 
     Raises:
@@ -133,7 +114,9 @@ def draft_program(
     mesh = layout.mesh(devices)
     quantize.check_device(precision.products, mesh.devices.flat[0])
     rows_split = sharding.split_batch(batch_size, microbatches, mesh)
-    make = functools.partial(_make_state, task, optimizer, example, trainable, seed, precision)
+    make = functools.partial(
+        _make_state, task, optimizer, example, trainable, seed, precision, guard
+    )
     boxed = jax.eval_shape(make)
     shardings = sharding.shardings_of(boxed, mesh, also=[rows_split])
     abstract_state = jax.tree.map(
@@ -154,7 +137,7 @@ def draft_program(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         with sharding.use(mesh, layout), products():
             return _train_step(
-                task, optimizer, seed, microbatches, precision, shardings, state, batch
+                task, optimizer, seed, microbatches, precision, guard, shardings, state, batch
             )
 
     traced = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated)).trace(
@@ -162,10 +145,21 @@ def draft_program(
     )
 
     @functools.partial(jax.jit, out_shardings=replicated, compiler_options=options)
-    def eval_step(variables: Variables, batch: Batch) -> dict[str, Mean]:
+    def evaluate(variables: Variables, batch: Batch) -> dict[str, Mean]:
         with sharding.use(mesh, layout), products():
             output = task.loss(variables, batch, jax.random.key(0), train=False)
             return {"loss": output.loss, **output.metrics}
+
+    evaluations: dict[Any, Any] = {}
+
+    def eval_step(variables: Variables, batch: Batch) -> dict[str, Mean]:
+        leaves, structure = jax.tree.flatten((variables, batch))
+        shapes = structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves)
+        if shapes not in evaluations:
+            evaluations[shapes] = evaluate.lower(variables, batch).compile()
+            distributed.barrier()  # see there
+        found: dict[str, Mean] = evaluations[shapes](variables, batch)
+        return found
 
     def compile_step() -> Program:
         compiled = traced.lower().compile(compiler_options=options)
@@ -251,10 +245,13 @@ def _make_state(
     trainable: str,
     seed: int,
     precision: Precision,
+    guard: Guard,
 ) -> TrainState:
     batch = {k: jnp.zeros((1, *v.shape), v.dtype) for k, v in example.items()}
     rng = _rngs(seed)[0]
-    return create_state(task, optimizer, batch, trainable=trainable, rng=rng, precision=precision)
+    return create_state(
+        task, optimizer, batch, trainable=trainable, rng=rng, precision=precision, guard=guard
+    )
 
 
 def _train_step(
@@ -263,6 +260,7 @@ def _train_step(
     seed: int,
     microbatches: int,
     precision: Precision,
+    guard: Guard,
     shardings: TrainState,
     state: TrainState,
     batch: Batch,
@@ -270,19 +268,21 @@ def _train_step(
     rng = jax.random.fold_in(_rngs(seed)[1], state.step)
     gradient, output = _gradient(task, microbatches, shardings, state, batch, rng)
     params, opt_state = update(precision, optimizer, gradient, state.params, state.opt_state, rng)
-    metrics = {"loss": output.loss, **output.metrics}
-    metrics["grad_norm"] = Mean.of(optax.tree.norm(gradient))
+    norm = optax.tree.norm(gradient)
+    applied, bad, memory = guard.judge(state.guard, output.loss.value, norm)
+    metrics = {"loss": output.loss, **output.metrics, "grad_norm": Mean.of(norm)}
+    metrics["bad"] = Mean.of(bad.astype(jnp.float32))
     rate = optax.tree_utils.tree_get(opt_state, "learning_rate")
     if rate is not None:
         metrics["learning_rate"] = Mean.of(jnp.asarray(rate))
-    new_state = replace(
+    updated = replace(
         state,
-        step=state.step + 1,
         params=params,
         model_state={**state.model_state, **output.model_state},
         opt_state=opt_state,
     )
-    return new_state, metrics
+    kept = jax.tree.map(lambda new, old: jnp.where(applied, new, old), updated, state)
+    return replace(kept, step=state.step + 1, guard=memory), metrics
 
 
 def _gradient(

@@ -12,6 +12,7 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lmjax.core import Task, Variables
+from lmjax.engine.guard import Guard
 from lmjax.engine.precision import Precision, keep
 from lmjax.errors import UserError
 from lmjax.sharding import Boxed
@@ -21,7 +22,8 @@ from lmjax.sharding import Boxed
 class TrainState:
     """All that a step changes, arrays only. The step's randomness is a function of (seed, step).
 
-    `params` holds what trains, `frozen` the rest; `variables` joins them.
+    `params` holds what trains, `frozen` the rest; `variables` joins them. `guard` is what tells bad
+    steps from good ones (`engine.guard`).
     """
 
     step: jax.Array
@@ -29,6 +31,7 @@ class TrainState:
     frozen: Mapping[str, Any]
     model_state: Mapping[str, Any]
     opt_state: Any
+    guard: Mapping[str, jax.Array]
 
     def variables(self, params: Mapping[str, Any] | None = None) -> Variables:
         """The variables that the task reads, with `params`, if given, for the trained ones."""
@@ -44,6 +47,7 @@ def create_state(
     trainable: str,
     rng: jax.Array,
     precision: Precision,
+    guard: Guard,
 ) -> TrainState:
     """Initialises every part of the state; parameters (and what mirrors them) come boxed."""
     variables = dict(task.init(rng, batch))
@@ -55,6 +59,7 @@ def create_state(
         frozen=frozen,
         model_state=variables,
         opt_state=opt_state,
+        guard=guard.start(),
     )
 
 

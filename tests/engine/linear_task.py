@@ -11,7 +11,7 @@ import optax
 
 from lmjax import sharding
 from lmjax.core import Mean, Output, Work
-from lmjax.engine.loop import Run
+from lmjax.engine.run import Run
 from lmjax.sharding import Boxed
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lmjax.engine.checkpoint import Checkpoints
-from lmjax.engine.loop import compile_run, train
+from lmjax.engine.loop import train
+from lmjax.engine.run import compile_run
 from lmjax.errors import UserError
 from lmjax.sharding import Layout
 from tests.engine.linear_task import make_run

@@ -15,7 +15,7 @@ import pytest
 from lmjax.engine.changes import config_changes
 from lmjax.engine.checkpoint import Checkpoints
 from lmjax.engine.curves import read_metrics
-from lmjax.engine.loop import Interrupted, NonFinite, train
+from lmjax.engine.loop import BadStep, Interrupted, train
 from lmjax.errors import UserError
 from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import constant
@@ -111,10 +111,10 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path):
     run = make_run(data=Points(nan_at=5))
-    with pytest.raises(NonFinite, match=r"loss is nan at step 6 .*step 4 is saved"):
+    with pytest.raises(BadStep, match=r"step 6 is bad: the loss is nan .*step 4 is saved"):
         train(run, tmp_path, **ONE)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4]
-    with pytest.raises(NonFinite, match="nothing is saved"):
+    with pytest.raises(BadStep, match="nothing is saved"):
         train(make_run(data=Points(nan_at=3)), tmp_path / "early", **ONE)
 
 
