@@ -113,7 +113,8 @@ def search(
 
     Args:
       mesh: of the config as it is; its stages are kept.
-      compiles: how many that fit are asked for; up to three times as many are compiled.
+      compiles: how many that fit are asked for; up to three times as many are compiled,
+        the fastest by estimate first, then those of least memory.
     """
     names = [name for name, _ in leaves(load({})) if not name.startswith("layout.")]
     experts = any("expert" in name.rpartition(".")[2] for name in names)
@@ -131,8 +132,10 @@ def search(
     candidates = _ranked(candidates)
     if topology.platform == "gpu" and devices[0].platform == "cpu":
         return candidates[:compiles]
+    fastest, rest = candidates[: 2 * compiles], candidates[2 * compiles :]
+    smallest = sorted(rest, key=lambda trial: trial.memory_bytes)[:compiles]
     compiled: list[Trial] = []
-    for candidate in candidates[: 3 * compiles]:
+    for candidate in fastest + smallest:
         if sum(trial.fits for trial in compiled) == compiles:
             break
         trial = attempt(load, candidate.change, topology, devices)

@@ -37,6 +37,7 @@ GPUS: Mapping[str, str] = {
 GPUS_PER_NODE = 8
 KNOWN = "v5e:4x4, v6e:16x16, v4:4x4x4, v5p:8x8x8, tpu7x:4x4x4, 2*v5e:16x16, h100:8, cpu:8"
 FULL_AXIS = 16  # of a two-dimensional pod: its rings close there, and in no smaller slice
+LARGEST = 2**20  # chips
 CUBE = 4  # three-dimensional slices are made of cubes of 4 x 4 x 4, whose rings are closed
 
 
@@ -88,10 +89,12 @@ def parse_topology(text: str) -> Topology:
             f"topology {text!r} is not [SLICES*]FAMILY:SIZE, as in {KNOWN}. Families: "
             f"{', '.join((*TPUS, *GPUS, 'cpu'))}."
         )
-    slices, family = int(match[1] or 1), match[2]
-    shape = tuple(int(n) for n in match[3].split("x"))
+    family, sizes = match[2], [match[1] or "1", *match[3].split("x")]
+    slices, *shape = (int(n) if len(n) < 9 else LARGEST + 1 for n in sizes)
     if min(slices, *shape) < 1:
         raise UserError(f"topology {text!r} has a size of 0: all are at least 1, as in {KNOWN}.")
+    if slices * math.prod(shape) > LARGEST:
+        raise UserError(f"topology {text!r} has more than {LARGEST} chips: there is no such pod.")
     if family in TPUS:
         kind, rank, per_chip, _ = TPUS[family]
         if len(shape) != rank:
@@ -109,7 +112,7 @@ def parse_topology(text: str) -> Topology:
             platform="tpu",
             family=family,
             device_kind=kind,
-            shape=shape,
+            shape=tuple(shape),
             slices=slices,
             wrap=closed,
             devices_per_chip=per_chip,
@@ -128,7 +131,7 @@ def parse_topology(text: str) -> Topology:
         platform="gpu" if family in GPUS else "cpu",
         family=family,
         device_kind=GPUS.get(family, "cpu"),
-        shape=shape,
+        shape=tuple(shape),
         slices=1,
         wrap=(False,),
         devices_per_chip=1,
