@@ -13,27 +13,41 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
+class Turn:
+    """The times of one turn, of which the first step is not timed."""
+
+    def __init__(self) -> None:
+        self.cpu = time.process_time()
+
+    def begin(self) -> None:
+        """The untimed step has ended."""
+        self.began = time.perf_counter(), time.process_time()
+
+    def end(self) -> dict[str, float]:
+        """What to say of the turn."""
+        cpu = time.process_time()
+        return {
+            "wall_s": time.perf_counter() - self.began[0],
+            "cpu_s": cpu - self.began[1],
+            "turn_cpu_s": cpu - self.cpu,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+
 def serve(ready: Mapping[str, Any], run: Callable[[int], None]) -> None:
     """Answers with `ready` once, then times `run(N)` for each line of input.
 
     One step goes untimed before: a process that slept has its memory to fetch again.
     """
-    _say(ready)
+    say(ready)
     for line in sys.stdin:
-        turn = time.process_time()
+        turn = Turn()
         run(1)
-        wall, cpu = time.perf_counter(), time.process_time()
+        turn.begin()
         run(int(line.split()[1]))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        _say(
-            {
-                "wall_s": time.perf_counter() - wall,
-                "cpu_s": time.process_time() - cpu,
-                "turn_cpu_s": time.process_time() - turn,
-                "peak_bytes": peak,
-            }
-        )
+        say(turn.end())
 
 
-def _say(answer: Mapping[str, Any]) -> None:
+def say(answer: Mapping[str, Any]) -> None:
+    """One line of JSON to whoever asked."""
     print(json.dumps(answer), flush=True)

@@ -27,7 +27,7 @@ __all__ = ["UserError", "build", "call", "compile", "load", "load_config", "ref"
 
 def compile(config: ConfigDict) -> Program:
     """Compiles a config's `init`, `train_step`, `eval_step` and `put`, for one's own loop."""
-    from lmjax.engine.loop import compile_run
+    from lmjax.engine.run import compile_run
 
     return compile_run(build(config))
 

@@ -1,28 +1,49 @@
 """What the annotation of a field allows: judging a value, and reading a flag's text as one.
 
-Scalars and sequences of them are judged here; whatever else a function takes, it judges itself.
+Scalars, sequences and mappings of them are judged here, and of what targets give its class or, by
+their names, the members of its protocol.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from lmjax.errors import UserError
 
 SCALARS = (bool, int, float, str, type(None))
+LARGEST = 2**63 - 1  # what JSON's readers, numpy and jax can hold, and what Python can spell
+_SHOWN = 200  # characters of a value that a message shows
 
 
 def check(value: Any, annotation: Any, path: str) -> None:
-    """Raises UserError unless the annotation allows `value`; `path` names the field."""
+    """Raises UserError unless the annotation allows `value`; `path` names the field.
+
+    No field takes a whole number of more than 64 bits.
+    """
     if not _accepts(annotation, value):
-        raise UserError(f"{path}: expected {_spell(annotation)}, got {value!r}.")
+        raise UserError(f"{path}: expected {_spell(annotation)}, got {shown(value)}.")
+    if _beyond(value):
+        raise UserError(
+            f"{path}: expected {_spell(annotation)} of at most 64 bits, got {shown(value)}."
+        )
+
+
+def shown(value: Any) -> str:
+    """`repr(value)` on one line, cut where it is long; of any value, even one that has none."""
+    try:
+        text = repr(value.to_dict() if isinstance(value, ConfigDict) else value)
+        text = text.replace("\n", " ")
+    except (ValueError, RecursionError):  # an integer of thousands of digits; what holds itself
+        text = f"a value of type {type(value).__name__} that is too large to show"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def parse(text: str, annotation: Any, path: str) -> Any:
@@ -55,7 +76,14 @@ def parse(text: str, annotation: Any, path: str) -> Any:
                 return tuple(value)
             member = inner[0] if inner else Any
             return tuple(parse(part.strip(), member, path) for part in text.split(","))
-    raise UserError(f"{path}: expected {_spell(annotation)}, got {text!r}.")
+    raise UserError(f"{path}: expected {_spell(annotation)}, got {shown(text)}.")
+
+
+def _beyond(value: Any) -> bool:
+    """Whether it is, or holds, an integer of more than 64 bits."""
+    if isinstance(value, int):
+        return not -LARGEST - 1 <= value <= LARGEST
+    return isinstance(value, tuple | list) and any(map(_beyond, value))
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
@@ -68,8 +96,8 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 def _accepts(annotation: Any, value: Any) -> bool:
     if annotation in (Any, object) or isinstance(annotation, str | typing.TypeVar):
         return True
-    if isinstance(value, ConfigDict):
-        return True  # a recorded call: judged once it is made
+    if isinstance(value, ConfigDict | FieldReference):
+        return True  # a recorded call, or computed from other fields: judged once it is made
     if len(options := _options(annotation)) > 1:
         return any(_accepts(option, value) for option in options)
     if annotation is None:
@@ -85,13 +113,33 @@ def _accepts(annotation: Any, value: Any) -> bool:
         return isinstance(value, origin)
     if value is None or isinstance(value, bool | int | float | str):  # a string is no sequence here
         return False
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            return False
+        return all(_accepts(inner[1] if inner else Any, item) for item in value.values())
     if origin not in (tuple, list, Sequence):
-        return True
+        return _is_one(value, origin)
     if not isinstance(value, Sequence):
         return False
     if origin is tuple and inner and inner[-1] is not Ellipsis:
         return len(inner) == len(value) and all(map(_accepts, inner, value))
     return all(_accepts(inner[0] if inner else Any, item) for item in value)
+
+
+def _is_one(value: Any, kind: Any) -> bool:
+    """Whether the value is of a class, or has the members of a protocol (which are not read)."""
+    if not isinstance(kind, type):
+        return True
+    if not getattr(kind, "_is_protocol", False):
+        return isinstance(value, kind)
+    protocols = [c for c in kind.__mro__ if getattr(c, "_is_protocol", False)]
+    members = {m for c in protocols for m in (*vars(c), *vars(c).get("__annotations__", ()))}
+    missing = object()
+    return all(
+        inspect.getattr_static(value, m, missing) is not missing
+        for m in members
+        if not m.startswith("_")
+    )
 
 
 def _spell(annotation: Any) -> str:

@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import inspect
 import json
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
-from lmjax.annotations import SCALARS, check, parse
+from lmjax.annotations import SCALARS, check, parse, shown
+from lmjax.config_file import import_file, run_file
 from lmjax.errors import UserError, did_you_mean
 
 CALL, REF = "_call", "_ref"
+_DEEPEST = 64  # levels of a config: more than any has, and fewer than Python's stack holds
 
 
 def call(target: Callable[..., Any], /, **kwargs: Any) -> ConfigDict:
@@ -42,7 +41,7 @@ def call(target: Callable[..., Any], /, **kwargs: Any) -> ConfigDict:
     for key, value in kwargs.items():
         if key not in accepted:
             raise UserError(f"{_name(target)} has no field {key!r}." + did_you_mean(key, accepted))
-        plain = value.get() if isinstance(value, FieldReference) else value
+        plain = _computed(value, f"{_name(target)}: {key}")
         check(plain, accepted[key].annotation, f"{_name(target)}: {key}")
         node[key] = _recorded(value, f"{_name(target)}: {key}")
     object.__setattr__(node, "_given", frozenset(kwargs))
@@ -60,6 +59,7 @@ def build(node: Any) -> Any:
     Raises UserError with the field's path where a target is missing, a required field is absent, or
     the target itself refuses its values.
     """
+    _check_tree(node)
     return _build(node, "config", _paths(node), {})
 
 
@@ -69,6 +69,7 @@ def build_and_resolve(node: ConfigDict) -> tuple[Any, dict[str, Any]]:
     In the tree a recorded call that gave a scalar (a vocabulary's size, counted in the data) is
     replaced by that scalar, so that parts of it can be built again without the rest.
     """
+    _check_tree(node)
     memo: dict[int, Any] = {}
     built = _build(node, "config", _paths(node), memo)
     return built, to_dict(node, {k: v for k, v in memo.items() if isinstance(v, SCALARS)})
@@ -83,20 +84,31 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
       overrides: dotted field to value. Strings are read by the field's type, as flags are.
     """
     path, _, variant = spec.partition(":")
-    module = _import_file(path)
+    module = import_file(path)
     variants: Mapping[str, Mapping[str, Any]] = getattr(module, "VARIANTS", {})
+    if not isinstance(variants, Mapping) or not all(
+        isinstance(name, str) and isinstance(changes, Mapping) for name, changes in variants.items()
+    ):
+        raise UserError(
+            f"VARIANTS of {path} is {shown(variants)}: write a mapping from each variant's name to "
+            "its overrides, as {'small': {'steps': 8}}."
+        )
     if variant and variant not in variants:
         raise UserError(f"{path} has no variant {variant!r}." + did_you_mean(variant, variants))
     if not callable(getattr(module, "get_config", None)):
         raise UserError(f"{path} defines no get_config(): a config file must.")
-    config = module.get_config()
+    config = run_file(path, module.get_config)
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{path}: get_config() must return call(...), and returned {config!r}.")
+        raise UserError(
+            f"{path}: get_config() must return call(...), and returned {shown(config)}."
+        )
+    _check_tree(config)
     for name, value in variants.get(variant, {}).items():
         override(config, name, value)
     before, flags = dict(leaves(config)), dict(overrides or {})
     for name, value in flags.items():
         override(config, name, value)
+    _check_tree(config)
     # A flag also speaks for its members, and for leaves that share its node or FieldReference.
     stems = tuple(f"{name}." for name in flags)
     after = leaves(config)
@@ -107,6 +119,8 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
 
 def override(config: ConfigDict, name: str, value: Any) -> None:
     """Sets the field `name` ('task.model.num_layers'); a string is read by the field's type."""
+    if not isinstance(name, str):
+        raise UserError(f"{shown(name)} names no field: write its path, as 'data.length'.")
     *parents, last = name.split(".")
     node, path, above = config, "config", []
     for key in parents:
@@ -122,6 +136,7 @@ def override(config: ConfigDict, name: str, value: Any) -> None:
     if isinstance(value, str):
         value = parse(value, annotation, path)
     check(value, annotation, path)
+    value = _recorded(value, path)
     while isinstance(node, tuple | list):  # its parent gets another with this member
         value = tuple(value if str(i) == last else item for i, item in enumerate(node))
         node, last = above.pop()
@@ -143,7 +158,10 @@ def to_dict(node: Any, known: Mapping[int, Any] | None = None) -> Any:
 
 
 def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
-    """Inverse of `to_dict`. Equal subtrees become one node, so that they are built once."""
+    """Inverse of `to_dict`. Equal subtrees become one node, so that they are built once.
+
+    Raises UserError for what no config gives: names that cannot be fields, and endless nesting.
+    """
     seen: dict[str, ConfigDict] = {}
 
     def convert(node: Any) -> Any:
@@ -152,12 +170,16 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
             if key not in seen:
                 made = ConfigDict(type_safe=False)
                 for name, value in node.items():
-                    made[name] = convert(value)
+                    _set(made, name, convert(value), "config")
                 seen[key] = made
             return seen[key]
         return tuple(convert(item) for item in node) if isinstance(node, list) else node
 
-    return convert(tree)
+    try:
+        made: ConfigDict = convert(tree)
+    except RecursionError as error:
+        raise UserError(_too_deep("config")) from error
+    return made
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -187,6 +209,49 @@ def explain(config: ConfigDict) -> list[tuple[str, Any, str]]:
         source = "file" if given or default != value or not last else "default"
         rows.append((path or "config", value, "flag" if path in flags else source))
     return rows
+
+
+def _check_tree(root: Any) -> None:
+    """Raises UserError where a node holds itself, lies too deep, or cannot be computed."""
+    sound: set[int] = set()
+
+    def visit(node: Any, path: str, above: tuple[int, ...]) -> None:
+        if id(node) in above:
+            raise UserError(f"{path} holds itself: a config is a tree, whose nodes may be shared.")
+        if len(above) > _DEEPEST:
+            raise UserError(_too_deep(path))
+        if not isinstance(node, ConfigDict | tuple | list) or id(node) in sound:
+            return
+        for key in list(node) if isinstance(node, ConfigDict) else range(len(node)):
+            visit(_member(node, key, path), f"{path}.{key}", (*above, id(node)))
+        sound.add(id(node))
+
+    visit(root, "config", ())
+
+
+def _too_deep(path: str) -> str:
+    return f"{path} is nested deeper than the {_DEEPEST} levels that a config may have."
+
+
+def _member(node: Any, key: Any, path: str) -> Any:
+    try:
+        return node[key]
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise UserError(_not_computed(f"{path}.{key}", error)) from error
+
+
+def _computed(value: Any, path: str) -> Any:
+    try:
+        return value.get() if isinstance(value, FieldReference) else value
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise UserError(_not_computed(path, error)) from error
+
+
+def _not_computed(path: str, error: Exception) -> str:
+    return (
+        f"{path} cannot be computed from the fields that it refers to: {error}. Change those, or "
+        "set it outright."
+    )
 
 
 def _paths(root: Any) -> dict[int, str]:
@@ -224,7 +289,10 @@ def _build(node: Any, path: str, paths: Mapping[int, str], memo: dict[int, Any])
 
 def _make(name: str, kwargs: Mapping[str, Any], path: str) -> Any:
     target = _resolve(name, path)
-    accepted = _parameters(target)
+    try:
+        accepted = _parameters(target)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {name!r} is nothing that a config can call: {error}.") from error
     for key, value in kwargs.items():
         if key not in accepted:
             raise UserError(f"{path} has no field {key!r}." + did_you_mean(key, accepted))
@@ -236,8 +304,9 @@ def _make(name: str, kwargs: Mapping[str, Any], path: str) -> Any:
         return target(**kwargs)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {name} refused its values: {error}") from error
+    except (ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
+        why = str(error) or type(error).__name__
+        raise UserError(f"{path}: {name} refused its values: {why}") from error
 
 
 def _recorded(value: Any, path: str) -> Any:
@@ -245,37 +314,39 @@ def _recorded(value: Any, path: str) -> Any:
     if isinstance(value, (ConfigDict, FieldReference, *SCALARS)):
         return value
     if isinstance(value, tuple | list):
+        if any(isinstance(item, FieldReference) for item in value):
+            raise UserError(f"{path}: a FieldReference may be a field, not a member of a sequence.")
         return tuple(_recorded(item, path) for item in value)
     if isinstance(value, Mapping):
         node = ConfigDict(type_safe=False)
         for key, item in value.items():
-            node[key] = _recorded(item, path)
+            _set(node, key, _recorded(item, path), path)
         return node
-    raise UserError(f"{path}: a config cannot hold {value!r}; record it by call() or ref().")
+    raise UserError(f"{path}: a config cannot hold {shown(value)}; record it by call() or ref().")
 
 
-def _import_file(path: str) -> types.ModuleType:
-    if not Path(path).is_file():
-        near = [str(p) for p in Path(path).parent.glob("*.py")]
-        raise UserError(f"no config file {path!r}." + did_you_mean(path, near))
-    spec = importlib.util.spec_from_file_location(f"lmjax_config_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _set(node: ConfigDict, key: Any, value: Any, path: str) -> None:
+    """Sets a member; raises UserError for a name that flags could not reach, or that is taken."""
+    if not isinstance(key, str) or "." in key or hasattr(ConfigDict, key):
+        raise UserError(f"{path}: no member can be named {shown(key)}; choose a word without dots.")
+    node[key] = value
 
 
 def _name(target: Any) -> str:
+    if not hasattr(target, "__qualname__") or not getattr(target, "__module__", None):
+        raise UserError(f"{shown(target)} has no name that a config could record.")
     if "<" in target.__qualname__:
         raise UserError(f"{target.__qualname__} is local: a config records module-level names.")
     return f"{target.__module__}:{target.__qualname__}"
 
 
 def _resolve(name: str, path: str) -> Any:
+    if not isinstance(name, str):
+        raise UserError(f"{path}: {shown(name)} names no target: write 'package.module:name'.")
     module, _, qualname = name.partition(":")
     try:
         return functools.reduce(getattr, qualname.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot import {name!r}: {error}") from error
 
 
@@ -303,10 +374,10 @@ def _fields(node: Any) -> list[str]:
 
 def _child(node: Any, key: str, path: str) -> Any:
     if not isinstance(node, ConfigDict | tuple | list):
-        raise UserError(f"{path} is the value {node!r}; it has no field {key!r}.")
+        raise UserError(f"{path} is the value {shown(node)}; it has no field {key!r}.")
     if key not in _fields(node):
         raise UserError(f"{path} has no field {key!r}." + did_you_mean(key, _fields(node)))
-    return node[key] if isinstance(node, ConfigDict) else node[int(key)]
+    return _member(node, key if isinstance(node, ConfigDict) else int(key), path)
 
 
 def _annotation(node: Any, key: str, current: Any) -> Any:

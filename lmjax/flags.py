@@ -26,12 +26,14 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             rest.append(argument)
     try:
         left: list[str] = flags.FLAGS(rest)
-    except flags.Error as error:
+    except RecursionError:  # absl's search for a name like it
+        fail(flags.Error("a flag's name is longer than that of any flag."), 2)
+    except (flags.Error, OSError, ValueError) as error:  # the latter of a --flagfile
         fail(error, 2)
     return left
 
 
 def fail(error: Exception, code: int) -> NoReturn:
     """Prints the error in one line and exits."""
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -49,7 +50,8 @@ class Network(Linear):
 class Rows(Points):
     """Random rows, batch s a function of (seed, s); an epoch has 44, which no batch size divides.
 
-    At step `broken_at`, one process finds its data unreadable.
+    At step `broken_at`, one process finds its data unreadable. Where the variable PAUSE_S is set,
+    it takes so long to read a batch.
     """
 
     broken_at: int = -1
@@ -62,6 +64,7 @@ class Rows(Points):
         while True:
             if step == self.broken_at and jax.process_index() == 1:
                 raise RuntimeError("the disk of this host is gone")
+            time.sleep(float(os.environ.get("PAUSE_S", 0)))
             random = np.random.default_rng((seed, step))
             x = random.normal(size=(batch_size, WIDTH)).astype("f4")
             weights = random.integers(0, 3, batch_size).astype("f4")
@@ -114,10 +117,10 @@ def cannot_read(step):
     """From now on the second process finds the checkpoint of this step torn."""
     read = Checkpoints._read
 
-    def torn(self, wanted, abstract, *, whole):
+    def torn(self, wanted, abstract):
         if wanted == step and jax.process_index() == 1:
             raise ValueError("a block of it is lost")
-        return read(self, wanted, abstract, whole=whole)
+        return read(self, wanted, abstract)
 
     Checkpoints._read = torn
 

@@ -163,6 +163,31 @@ def test_right_types_are_recorded():
     assert (built.shape, built.axes, built.names) == ((1,), ("embed", None), ("a",))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 2**63}, "size: expected int of at most 64 bits, got 9223372036854775808"),
+        ({"size": 10**5000}, "got a value of type int that is too large to show"),
+        ({"shape": (1, 2**70)}, "shape: expected .* of at most 64 bits"),
+        ({"weights": {"a": "x"}}, r"weights: expected .*Mapping\[str, float\], got {'a': 'x'}"),
+        ({"weights": {"a.b": 1.0}}, "no member can be named 'a.b'"),
+        ({"weights": {"items": 1.0}}, "no member can be named 'items'"),
+        ({"other": {1: 2}}, "no member can be named 1"),
+        ({"other": (FieldReference(1), 2)}, "a FieldReference may be a field, not a member"),
+        ({"other": 100 // FieldReference(0)}, "other cannot be computed from .* division"),
+    ],
+)
+def test_what_no_file_could_hold_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        whole(**fields)
+
+
+def test_long_values_are_cut_in_messages():
+    with pytest.raises(UserError) as raised:
+        whole(kind="x" * 5000)
+    assert len(str(raised.value)) < 400
+
+
 # Overriding
 
 
@@ -246,6 +271,20 @@ def test_bad_override_is_refused(name, value, message):
     with pytest.raises(UserError, match=message):
         override(config, name, value)
     assert to_dict(config) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (5, "1", "5 names no field"),
+        ("size", "1e300", "config.size: expected int of at most 64 bits"),
+        ("rate", 10**400, "config.rate: expected float of at most 64 bits"),
+        ("other", object(), "config.other: a config cannot hold"),
+    ],
+)
+def test_values_beyond_a_config_are_refused(name, value, message):
+    with pytest.raises(UserError, match=message):
+        override(whole(), name, value)
 
 
 def test_override_reaches_members_of_sequences_and_mappings():
@@ -373,6 +412,56 @@ def test_build_error_carries_the_path(config, message):
         build(config())
 
 
+def nested(depth):
+    return {"x": nested(depth - 1)} if depth else {}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"_call": 5}, "^config: 5 names no target"),
+        ({"_call": ""}, "^config: cannot import ''"),
+        ({"_call": ".json:loads"}, "^config: cannot import '.json:loads'"),
+        ({"_call": "math:pi"}, "^config: 'math:pi' is nothing that a config can call"),
+        ({"_ref": None}, "^config: None names no target"),
+        ({"a.b": 1}, "^config: no member can be named 'a.b'"),
+        (nested(100), "is nested deeper than the 64 levels"),
+        (nested(900), "^config is nested deeper than the 64 levels"),
+    ],
+)
+def test_damaged_tree_is_refused(tree, message):
+    with pytest.raises(UserError, match=message):
+        build(from_dict(tree))
+
+
+def test_node_that_holds_itself_is_refused():
+    part = call(Part)
+    config = whole(other={"part": part})
+    part["made"] = config
+    with pytest.raises(UserError, match="^config.other.part.made holds itself"):
+        build(config)
+
+
+def test_field_that_cannot_be_computed_is_refused(tmp_path):
+    body = "def get_config():\n    n = FieldReference(5)\n"
+    body += "    return call(Whole, part=call(Part), size=n, limit=100 // n)\n"
+    path = write(tmp_path / "c.py", body)
+    assert build(load_config(path, {"size": 2})).limit == 50
+    with pytest.raises(UserError, match="^config.limit cannot be computed .*: integer division"):
+        load_config(path, {"size": 0})
+
+
+def test_what_is_built_must_be_of_the_fields_class_or_protocol(char):
+    config = char()
+    config.layout = config.precision
+    with pytest.raises(UserError, match="^config.layout: expected Layout, got Precision"):
+        build(config)
+    config = char()
+    config.task = config.layout
+    with pytest.raises(UserError, match="^config.task: expected Task, got Layout"):
+        build(config)
+
+
 def test_a_bug_in_a_target_is_not_dressed_up_as_the_users_mistake():
     with pytest.raises(ZeroDivisionError):
         build(whole(size=13))
@@ -472,9 +561,19 @@ def test_variant_then_flags_override_the_file(tmp_path):
         ("nowhere/c.py", "no config file '.*nowhere/c.py'. Allowed: none."),
         ("empty.py", "empty.py defines no get_config\\(\\)"),
         ("none.py", "none.py: get_config\\(\\) must return call\\(...\\), and returned None"),
+        ("c.txt", "c.txt is no Python file"),
+        ("syntax.py", "syntax.py, line 5: invalid syntax"),
+        ("fails.py", "fails.py, line 6: ZeroDivisionError: division by zero"),
+        ("list.py:x", "VARIANTS of .*list.py is \\['x'\\]: write a mapping"),
+        ("x" * 5000, "no config file .*: File name too long"),
+        ("a\0b.py", "no config file"),
     ],
 )
 def test_bad_file_or_variant(tmp_path, spec, message):
+    write(tmp_path / "c.txt", CONFIG)
+    write(tmp_path / "syntax.py", "x = = 1\n".replace("x", "\nx"))
+    write(tmp_path / "fails.py", "def get_config():\n\n    return 1 / 0\n")
+    write(tmp_path / "list.py", "VARIANTS = ['x']\ndef get_config(): pass\n")
     write(tmp_path / "c.py", CONFIG)
     write(tmp_path / "empty.py", "")
     write(tmp_path / "none.py", "def get_config(): pass")

@@ -62,7 +62,7 @@ def get_config():
 """
 
 
-def start(command, *, count, devices, cache, folders=None):
+def start(command, *, count, devices, cache, folders=None, pause_s=0.0):
     """Starts `count` processes of one run on this machine."""
     with socket.create_server(("", 0)) as server:
         coordinator = f"{socket.gethostname()}:{server.getsockname()[1]}"
@@ -74,6 +74,7 @@ def start(command, *, count, devices, cache, folders=None):
         "LMJAX_NUM_PROCESSES": str(count),
         "PYTHONPATH": str(ROOT),
         "DEVICES": str(devices),
+        "PAUSE_S": str(pause_s),
     }
     return [
         subprocess.Popen(
@@ -229,6 +230,67 @@ def test_sigterm_on_one_process_stops_both_at_the_same_step(cache, tmp_path):
     assert not any("Traceback" in output for output in outputs)
     assert [row["step"] for row in read_metrics(metrics)] == list(range(1, step + 1))
     assert sorted(p.name for p in (tmp_path / "run").glob(".shared*")) == []
+
+
+STEPS = 40
+
+
+def train_command(folder, workdir, devices):
+    """40 steps, saved every five."""
+    (folder / "endless.py").write_text(CONFIG)
+    flags = {"config": folder / "endless.py", "workdir": workdir, "devices": devices}
+    flags |= {"config.steps": STEPS, "config.save_every": 5}
+    return ["lmjax.train", *(f"--{name}={value}" for name, value in flags.items())]
+
+
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    """The values of a run of two processes that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = train_command(folder, folder / "run", 2)
+    end(start(command, count=2, devices=2, cache=cache), [0, 0])
+    return values_of(folder / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])  # 0 is the coordinator, without which jax aborts
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_the_loss_of_one_process_ends_both_and_any_number_go_on(
+    cache, tmp_path, whole, victim, signum
+):
+    """With as many processes the rest is bit-equal to a run that was never stopped."""
+    command = train_command(tmp_path, tmp_path / "run", 2)
+    processes = start(command, count=2, devices=2, cache=cache, pause_s=0.1)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline and not reached(metrics, 12):
+        time.sleep(0.01)
+    processes[victim].send_signal(signum)
+    sent = time.monotonic()
+    killed = signum == signal.SIGKILL
+    codes = [75, 75] if killed else [143, 143]
+    if killed:
+        codes[victim] = -signal.SIGKILL
+    outputs = end(processes, codes)
+    assert time.monotonic() - sent < 20
+    if killed:
+        lost = f"error: lost process {victim} (its connection ended without a farewell)"
+        assert lost in outputs[1 - victim]
+        assert "Traceback" not in outputs[1 - victim]
+    saved = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*[0-9]"))
+    assert 10 <= saved < STEPS
+    for count, devices in ((2, 2), (1, 4), (4, 1)):
+        folder = tmp_path / f"of{count}"
+        shutil.copytree(tmp_path / "run", folder)
+        again = train_command(tmp_path, folder, devices)
+        outputs = end(start(again, count=count, devices=devices, cache=cache), [0] * count)
+        assert f"continuing from step {saved}" in outputs[0]
+        found = values_of(folder)
+        assert found == (whole if count == 2 else pytest.approx(whole, rel=1e-5))
+
+
+def reached(metrics, step):
+    """Whether the run in this folder is through this step."""
+    return metrics.exists() and any(row["step"] >= step for row in read_metrics(metrics))
 
 
 def test_an_error_of_one_process_ends_both_at_once(together):

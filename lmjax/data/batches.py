@@ -16,6 +16,17 @@ from absl import flags
 from lmjax.core import Batch
 from lmjax.errors import UserError
 
+MAX_WORKERS = 512
+
+
+def check_workers(workers: int) -> None:
+    """Raises UserError for a number of reading processes that no machine wants to start."""
+    if not 0 <= workers <= MAX_WORKERS:
+        raise UserError(
+            f"workers is {workers}: give 0, to read in the training process itself, or up to "
+            f"{MAX_WORKERS} processes."
+        )
+
 
 def read_batches(
     examples: grain.MapDataset[Any],

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lmjax.data.cache import cache_folder, write_atomically
+from lmjax.data.cache import cache_folder, is_sealed, seal_folder, write_atomically
 from lmjax.data.source import Document, read_documents
 from lmjax.data.tokenizer import TextTokenizer
 from lmjax.data.vocabulary import Vocabulary
@@ -40,7 +40,11 @@ def split_documents(
         cuts = [int(len(d.text) * (1 - fraction)) for d in documents]
         parts = list(zip(documents, cuts, strict=True))
         train = [Document(name=d.name, text=d.text[:cut]) for d, cut in parts if cut > 0]
-        valid = [Document(name=d.name, text=d.text[cut:]) for d, cut in parts if cut < len(d.text)]
+        valid = [
+            Document(name=d.name, text=d.text[cut:], begin=cut)
+            for d, cut in parts
+            if cut < len(d.text)
+        ]
         return train, valid
     digests = [_digest(document.text) for document in documents]
     ranked = sorted(set(digests))
@@ -72,6 +76,10 @@ class Corpus:
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer that the vocabulary makes of this corpus."""
         return _tokenizer(self)
+
+    def documents(self, split: Split) -> Sequence[Document]:
+        """The documents of a split, in the order of their tokens."""
+        return _split(self)[split]
 
     def tokens(self, split: Split, *, end_each: bool) -> Tokens:
         """The tokens of a split. With `end_each`, or several documents, each gets its end."""
@@ -136,7 +144,7 @@ def _tokens(corpus: Corpus, split: Split, end_each: bool) -> Tokens:
     for document in documents:
         key.update(_digest(document.text))
     folder = cache_folder() / "tokens" / key.hexdigest()
-    if not folder.exists():
+    if not is_sealed(folder):
         end = [tokenizer.end_id] if end_each else []
         rows = (np.append(tokenizer.encode(d.text), end) for d in documents)
         write_atomically(folder, lambda made: _write(made, rows, tokenizer.vocab_size))
@@ -149,6 +157,7 @@ def _write(folder: Path, rows: Iterable[np.ndarray], vocab_size: int) -> None:
     folder.mkdir()
     np.save(folder / "ids.npy", np.concatenate(kept))
     np.save(folder / "starts.npy", ends[:-1])
+    seal_folder(folder)
 
 
 def _digest(text: str) -> bytes:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import zlib
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
 from lmjax.core import Batch, Spec
-from lmjax.data.batches import read_batches
+from lmjax.data.batches import check_workers, read_batches
+from lmjax.data.origins import Origin
 from lmjax.data.tokenizer import TextTokenizer
 from lmjax.errors import UserError, did_you_mean
+
+LARGEST_WEIGHT = 1e9
 
 
 class Source(Protocol):
@@ -29,12 +34,21 @@ class Source(Protocol):
         """What its text is read with."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Names what its examples are made of."""
+        ...
+
     def check(self) -> None:
         """Opens it; raises UserError where it cannot give an example."""
         ...
 
     def examples(self, *, seed: int) -> grain.MapDataset[Any]:
         """Endless random access to the source's examples."""
+        ...
+
+    def origins(self, *, seed: int) -> grain.MapDataset[Any]:
+        """Where each of those examples comes from."""
         ...
 
     def epoch_batches(
@@ -78,10 +92,12 @@ class Mixture:
                 f"the mixture has no {side} {name!r}." + did_you_mean(name, self.sources)
             )
         for name, weight in self.weights.items():
-            if not weight > 0:
+            if not 1 / LARGEST_WEIGHT <= weight <= LARGEST_WEIGHT:
                 raise UserError(
-                    f"the weight of {name!r} is {weight}: make it positive, or drop the source."
+                    f"the weight of {name!r} is {weight}: make it positive, and between "
+                    f"{1 / LARGEST_WEIGHT:.0e} and {LARGEST_WEIGHT:.0e}, or drop the source."
                 )
+        check_workers(self.workers)
         first, *others = self.sources
         for name in others:
             if self.sources[name].example != self.example:
@@ -112,6 +128,15 @@ class Mixture:
         """How many token ids there are."""
         return self.tokenizer.vocab_size
 
+    @property
+    def fingerprint(self) -> str:
+        """Names what every batch is made of: sha256 of the sources' own, names and weights."""
+        made_of = [
+            (name, float(self.weights[name]), source.fingerprint)
+            for name, source in self.sources.items()
+        ]
+        return hashlib.sha256(repr(made_of).encode()).hexdigest()
+
     def check(self) -> None:
         """Opens every source; raises UserError where one cannot give an example."""
         assert self.tokenizer is not None  # raises unless it is one and the same
@@ -131,10 +156,16 @@ class Mixture:
     def examples(self, *, seed: int) -> grain.MapDataset[Any]:
         """The endless mixed sequence; each source's seed is made of `seed` and its name."""
         assert self.tokenizer is not None  # raises unless it is one and the same
-        mixed = [
+        return self._mix(
             source.examples(seed=_seed_for(seed, name)) for name, source in self.sources.items()
-        ]
-        return grain.MapDataset.mix(mixed, weights=[self.weights[name] for name in self.sources])
+        )
+
+    def origins(self, *, seed: int) -> grain.MapDataset[Any]:
+        """The `Origin` of every element of `examples(seed=seed)`, each named by its source."""
+        return self._mix(
+            source.origins(seed=_seed_for(seed, name)).map(functools.partial(_from_source, name))
+            for name, source in self.sources.items()
+        )
 
     def batches(
         self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
@@ -157,6 +188,16 @@ class Mixture:
             yield from source.epoch_batches(
                 batch_size=batch_size, shard=shard, num_shards=num_shards
             )
+
+    def _mix(self, parts: Iterable[grain.MapDataset[Any]]) -> grain.MapDataset[Any]:
+        """One sequence of the sources' own, in the order of `sources`."""
+        return grain.MapDataset.mix(
+            list(parts), weights=[self.weights[name] for name in self.sources]
+        )
+
+
+def _from_source(name: str, origin: Origin) -> Origin:
+    return replace(origin, source=f"{name}/{origin.source}" if origin.source else name)
 
 
 def _seed_for(seed: int, name: str) -> int:

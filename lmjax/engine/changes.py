@@ -17,7 +17,7 @@ log = logging.getLogger("lmjax")
 _HARMLESS, _CURVE, _BREAKS = "harmless", "curve", "breaks"
 _CHANGES = [
     (
-        r"^(log_every|eval_every|save_every|keep_last|keep_every|wandb_project|evals\.)",
+        r"^(log_every|eval_every|save_every|keep_last|keep_every|wandb_project|init_from|evals\.|watch\.)",
         _HARMLESS,
         "",
     ),

@@ -1,29 +1,33 @@
-"""Checkpoints: asynchronous, atomic, and restored from the newest that can be read.
+"""Checkpoints: asynchronous, atomic, and restored from the newest that is what was saved.
 
-Each holds the arrays of the state, and as JSON the data position, the config and the tokenizer.
+Each holds the arrays of the state and a manifest (`engine.manifest`), with which every restore is
+compared, bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 
-from lmjax.engine import distributed
-from lmjax.engine.state import TrainState, merge
+from lmjax.engine import distributed, manifest
+from lmjax.engine.manifest import Damaged
+from lmjax.engine.state import TrainState
+from lmjax.engine.stored import REASON, UNREADABLE, Stored, first_line, variables
 from lmjax.errors import UserError
 
 log = logging.getLogger("lmjax")
 
-UNREADABLE = ".unreadable"  # ends the name of a checkpoint that was set aside
+CHUNK_BYTES = 2**26  # of an array in a file: what another layout reads at least to get a part
+_POLL_S, _PATIENCE_S = 0.02, 1.0
 
 
 class Checkpoints:
@@ -33,12 +37,26 @@ class Checkpoints:
       directory: made if it is not there.
       keep_last: how many of the newest are kept.
       keep_every: every checkpoint whose step is a multiple of it is kept for good; 0 keeps none so.
+      slow_s: how long `save` waits for the one before to end.
     """
 
-    def __init__(self, directory: str | Path, *, keep_last: int = 2, keep_every: int = 0) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        slow_s: float = 600.0,
+    ) -> None:
         self.directory = Path(directory).absolute()
+        self.slow_s = slow_s
+        self._last: int | None = None  # the step of the save that may be under way
+        self._lost = False  # whether it never ended
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last, keep_period=keep_every or None, enable_async_checkpointing=True
+            max_to_keep=keep_last,
+            keep_period=keep_every or None,
+            enable_async_checkpointing=True,
+            lightweight_initialize=True,  # a damaged one must not keep the others from being read
         )
         with self._explained("open"):
             self._manager = ocp.CheckpointManager(
@@ -51,24 +69,30 @@ class Checkpoints:
             )
 
     def steps(self) -> list[int]:
-        """The steps that have a committed checkpoint, oldest first."""
+        """The steps that have a checkpoint, or are being saved, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, about: Mapping[str, Any]) -> None:
         """Starts saving; the state may be consumed once this returns.
 
-        Raises UserError if this save cannot start or an earlier one did not end well.
+        Raises UserError if this save cannot start, or an earlier one has failed or does not end.
         """
         if step in self._manager.all_steps():
             return
         with self._explained(f"save step {step} to"):
-            self._manager.check_for_errors()
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(dict(about))
+            self._end_last()
+            if self._last is None:
+                self._sweep()
+            args = ocp.args.Composite(
+                state=ocp.args.PyTreeSave(
+                    state,
+                    jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state),
                 ),
+                about=ocp.args.JsonSave(manifest.describe(about, step, state)),
             )
+            # Not forced, it would leave out in silence what is older than the newest.
+            self._manager.save(step, args=args, force=True)
+        self._last = step
 
     def wait(self) -> None:
         """Returns when every save has ended; raises UserError if one failed."""
@@ -77,49 +101,72 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def about(self, step: int) -> Mapping[str, Any]:
-        """The JSON part of a checkpoint."""
-        handler = ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
-        return self._restore(step, "about", handler, ocp.args.JsonRestore())
+        """The manifest of a checkpoint; raises `manifest.Damaged`."""
+        return manifest.read(self.directory / str(step))
 
     def restore(
-        self, abstract_state: TrainState, check: Callable[[Mapping[str, Any]], None]
+        self,
+        abstract_state: TrainState,
+        check: Callable[[Mapping[str, Any]], None],
+        *,
+        at_most: int | None = None,
     ) -> tuple[int, TrainState, Mapping[str, Any]] | None:
-        """Reads the newest whole checkpoint: (step, state, about); None where there is none.
+        """Reads the newest whole checkpoint: (step, state, manifest); None where there is none.
 
-        `check` sees the JSON part before any array is read, and may raise. Where a checkpoint
-        cannot be read, be it by one of many processes, the one before it is tried; once one has
-        been read, those that could not are set aside (renamed `STEP.unreadable`) with a warning.
-        Raises UserError, and renames nothing, when there are checkpoints and none can be read: the
-        cause may pass.
+        `check` sees the manifest before any array is read, and may raise. The arrays' checksums are
+        made on the devices that hold them, and must be those of the manifest. Where a checkpoint is
+        damaged, be it as one of many processes sees it, the one before it is tried; once one has
+        been read, those that could not are set aside (renamed `STEP.unreadable`, with the reason
+        in `reason.txt`) with a warning.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings; each process reads what its devices hold.
+          check: raises UserError where the checkpoint is of another run.
+          at_most: the last step that may be restored; later ones are left alone.
+
+        Raises:
+          UserError: where the checkpoint is of another model or format; or where there are
+            checkpoints and none is whole: then nothing is renamed, as the cause may pass.
         """
-        damaged: dict[int, str] = {}
+        self.wait()
+        found: dict[int, str] = {}
         for step in reversed(distributed.exchange(self.steps())[0]):
-            reason = ""
+            if at_most is not None and step > at_most:
+                continue
+            saved: Mapping[str, Any] = {}
+            state, reason = None, ""
             try:
-                about = self.about(step)
-                check(about)
-                state = self._read(step, abstract_state, whole=True)
+                saved = self.about(step)
+                check(saved)
+                if others := manifest.differences(saved, abstract_state):
+                    raise UserError(
+                        f"checkpoint {self.directory / str(step)} holds another model: "
+                        + _some(others)
+                    )
+                state = self._read(step, abstract_state)
             except (UserError, MemoryError, PermissionError):
                 raise
-            except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-                if mismatch := _mismatch(error):
-                    raise UserError(
-                        f"checkpoint {self.directory / str(step)} holds another model: {mismatch}"
-                    ) from error
+            except Exception as error:
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise
-                reason = _first_line(error)
-            if reasons := [text for text in distributed.exchange(reason) if text]:
-                damaged[step] = reasons[0]
+                reason = first_line(error)
+            reasons = distributed.exchange(reason)
+            if not any(reasons) and (bad := manifest.damaged(saved, state)):
+                reasons = [_changed(bad)]
+            if reasons := [text for text in reasons if text]:
+                found[step] = reasons[0]
                 continue
-            for bad, reason in damaged.items():
+            assert state is not None
+            for bad_step, reason in found.items():
                 log.warning(
-                    "the checkpoint of step %d cannot be read and is set aside: %s", bad, reason
+                    "the checkpoint of step %d cannot be read and is set aside: %s",
+                    bad_step,
+                    reason,
                 )
-                self._set_aside(bad)
-            return step, state, about
-        if damaged:
-            why = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+                self.set_aside(bad_step, reason)
+            return step, state, saved
+        if found:
+            why = "; ".join(f"step {step}: {reason}" for step, reason in found.items())
             raise UserError(
                 f"no checkpoint in {self.directory} can be read ({why}). If the cause does not "
                 "pass, start again with another --workdir."
@@ -143,122 +190,103 @@ class Checkpoints:
             )
         step = steps[-1] if step is None else step
         try:
-            return step, self._read_variables(step), self.about(step)
-        except Exception as error:  # as above
+            saved = self.about(step)
+            lie = variables(saved["arrays"])
+            wanted = {path: manifest.abstract(saved, path) for path in lie.values()}
+            arrays = self._read(step, wanted)
+            if bad := manifest.damaged(saved, arrays):
+                raise Damaged(_changed(bad))
+            found = {name: arrays[path] for name, path in lie.items()}
+            return step, unflatten_dict(found, sep="/"), saved
+        except UserError:
+            raise
+        except Exception as error:
             others = ", ".join(str(s) for s in steps if s != step) or "none"
             raise UserError(
                 f"the checkpoint of step {step} in {self.directory} cannot be read: "
-                f"{_first_line(error)}. Other steps: {others}."
+                f"{first_line(error)}. Other steps: {others}."
             ) from error
 
-    def close(self) -> None:
-        """Ends every save and frees the threads."""
-        self.wait()
-        self._manager.close()
-
-    def _read(self, step: int, abstract: Any, *, whole: bool) -> Any:
-        """A checkpoint's arrays as `abstract` has them: sharded if it says so, else on the host."""
-        restore_args = jax.tree.map(
-            lambda x: (
-                ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
-                if x.sharding
-                else ocp.RestoreArgs(restore_type=np.ndarray)
-            ),
-            abstract,
-        )
-        args = ocp.args.PyTreeRestore(
-            abstract, restore_args=restore_args, partial_restore=not whole
-        )
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-        return self._restore(step, "state", handler, args)
-
-    def _restore(self, step: int, item: str, handler: Any, args: Any) -> Any:
-        # The manager's `restore` has all processes meet: for ever, where one of them cannot read.
-        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
-            return reader.restore(self.directory / str(step) / item, args=args)
-
-    def _read_variables(self, step: int) -> dict[str, Any]:
-        stored = self._manager.item_metadata(step)["state"].tree
-        path = _find(stored["opt_state"], "averaged_params")
-        names = ["frozen", "model_state"] + ([] if path else ["params"])
-        wanted = {name: stored[name] for name in names}
-        if path:
-            wanted["opt_state"] = _nest(stored["opt_state"], path)
-        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), wanted)
-        state = self._read(step, abstract, whole=False)
-        params = functools.reduce(_get, path, state["opt_state"]) if path else state["params"]
-        return {"params": merge(params, state["frozen"]), **state["model_state"]}
-
-    def _set_aside(self, step: int) -> None:
+    def set_aside(self, step: int, reason: str) -> None:
+        """Renames a checkpoint to `STEP.unreadable`, with the reason in it; all processes call."""
         source = self.directory / str(step)
         target = self.directory / f"{step}{UNREADABLE}"
         if jax.process_index() == 0:
             if target.exists():
                 shutil.rmtree(target)
             source.rename(target)
+            with contextlib.suppress(OSError):  # a full disk: the name says enough
+                (target / REASON).write_text(reason + "\n")
         distributed.barrier()
         self._manager.reload()
+
+    def close(self) -> None:
+        """Ends every save and frees the threads; after a save that does not end, nothing."""
+        if self._lost:
+            return
+        self.wait()
+        self._manager.close()
+
+    def _read(self, step: int, abstract: Any) -> Any:
+        """A checkpoint's arrays as `abstract` has them: sharded if it says so, else on the host."""
+        wanted = manifest.flat(abstract)
+        found = Stored(self.directory / str(step)).read(wanted)
+        return jax.tree.unflatten(jax.tree.structure(abstract), [found[path] for path in wanted])
+
+    def _end_last(self) -> None:
+        """Returns when the save before this one has ended; raises where it failed, or goes on."""
+        began, warned = time.monotonic(), False
+        while self._manager.is_saving_in_progress():
+            waited = time.monotonic() - began
+            if waited > self.slow_s:
+                self._lost = True
+                raise UserError(
+                    f"the save of step {self._last} to {self.directory} did not end in "
+                    f"{self.slow_s:.0f} s more after the next was due: the disk is too slow, or "
+                    "hangs. Earlier checkpoints are untouched. Mend it or raise save_every, and "
+                    "run the same command again."
+                )
+            if waited > min(_PATIENCE_S, self.slow_s / 2) and not warned:
+                warned = True
+                log.warning(
+                    "the save of step %s has not ended, and the next is due: waiting up to %.0f s "
+                    "for it. Is the disk slow? Else save less often (save_every).",
+                    self._last,
+                    self.slow_s,
+                )
+            time.sleep(_POLL_S)
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def _sweep(self) -> None:
+        """Removes what a killed launch had begun to save: it has no name, and nobody reads it."""
+        if jax.process_index() == 0:
+            for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                log.info("removing what is there of an unfinished save: %s", folder.name)
+                shutil.rmtree(folder)
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
         """Turns a failure to write into a message that says where, why and what room is left."""
         try:
             yield
+        except UserError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             parent = next(p for p in (self.directory, *self.directory.parents) if p.exists())
             free = shutil.disk_usage(parent).free
             raise UserError(
-                f"could not {what} {self.directory}: {_first_line(error)} "
+                f"could not {what} {self.directory}: {first_line(error)} "
                 f"({free / 1e9:.2f} GB free). "
                 "Earlier checkpoints are untouched; make room and run the same command again."
             ) from error
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """Has orbax wait for no other process."""
-    index = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
-    )
+def _changed(paths: list[str]) -> str:
+    return f"not what was saved, by their checksums: {_some(paths)}"
 
 
-def _find(tree: Any, name: str) -> tuple[Any, ...] | None:
-    """The path of the first node of this name in a tree of mappings and sequences."""
-    if not isinstance(tree, Mapping | list | tuple):
-        return None
-    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-        if key == name:
-            return (key,)
-        if (path := _find(value, name)) is not None:
-            return (key, *path)
-    return None
-
-
-def _get(tree: Any, key: Any) -> Any:
-    return tree[key]
-
-
-def _nest(tree: Any, path: tuple[Any, ...]) -> Any:
-    """The tree pruned to what lies on the path, the other entries of sequences empty."""
-    if not path:
-        return tree
-    inner = _nest(tree[path[0]], path[1:])
-    if isinstance(tree, Mapping):
-        return {path[0]: inner}
-    return [inner if i == path[0] else None for i in range(len(tree))]
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
-
-
-def _mismatch(error: BaseException) -> str:
-    """What of the message says that the file is sound but its arrays are others; '' if nothing."""
-    text = str(error)
-    signs = (
-        "not compatible with the stored shape",
-        "tree structures do not match",
-        "Dict key mismatch",
-    )
-    return text.splitlines()[0][:300] if any(sign in text for sign in signs) else ""
+def _some(texts: list[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
+    return "; ".join(texts[:4]) + more

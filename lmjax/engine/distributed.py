@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
+import re
 import sys
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -25,121 +26,46 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lmjax import sharding
-from lmjax.errors import UserError
+from lmjax.engine import liveness
+from lmjax.engine.processes import Processes, one_process_a_node
+from lmjax.errors import Exit, UserError
 
-VARIABLES = {
-    "coordinator": "LMJAX_COORDINATOR",
-    "num_processes": "LMJAX_NUM_PROCESSES",
-    "process_id": "LMJAX_PROCESS_ID",
-}
+log = logging.getLogger("lmjax")
+
 PATIENCE_MS = 3_600_000  # processes may compile, or read a corpus, at very different speeds
 GRACE_S = 2.0  # for a process that fails like another one to say so itself
 FAILED = "lmjax/failed"
+LIVENESS = "lmjax/liveness"
+HEARTBEAT_S = 20.0
+
+# What errors say that may come of another process's end, and not of what this one did.
+_SIGNS = re.compile(
+    r"gloo|nccl|connection (closed|reset)|socket closed|unavailable|deadline_exceeded|barrier|"
+    r"coordination ?service|heartbeat",
+    re.IGNORECASE,
+)
 
 _count = itertools.count()
 _ended = threading.Event()
+_speaking = threading.Lock()
 _watching: list[threading.Thread] = []
+_liveness: list[liveness.Liveness] = []
 
 
-@dataclass(frozen=True, kw_only=True)
-class Processes:
-    """Which process of how many this is; None leaves all three to the cluster that jax detects.
-
-    Args:
-      coordinator: HOST:PORT at which process 0 listens and the others find it.
-      num_processes: how many there are.
-      process_id: which of them this is, from 0.
-    """
-
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-
-
-def processes_from(
-    *,
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    detect: bool | None = None,
-    environ: Mapping[str, str] | None = None,
-) -> Processes | None:
-    """Which processes a run has: from flags, else LMJAX_ variables, else the cluster; None for one.
-
-    A flag goes before its variable. The cluster is asked where `detect` is True, or where it is
-    None and the environment itself says that this is one task of several (`cluster_of_many`).
-
-    Raises:
-      UserError: where only some of the three values are given, or they contradict each other.
-    """
-    environ = os.environ if environ is None else environ
-    given: dict[str, Any] = {
-        "coordinator": coordinator,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
-    from_flags = [f"--{name}" for name, value in given.items() if value is not None]
-    for name, variable in VARIABLES.items():
-        if given[name] is None and environ.get(variable):
-            text = environ[variable]
-            given[name] = text if name == "coordinator" else _integer(variable, text)
-    missing = [name for name, value in given.items() if value is None]
-    if detect is False:
-        if from_flags:
-            raise UserError(f"--nodistributed contradicts {from_flags[0]}: give one of them.")
-        return None
-    if len(missing) == 3:
-        if detect or cluster_of_many(environ):
-            return Processes()
-        return None
-    if missing:
-        lacking = " and ".join(f"--{name} (or {VARIABLES[name]})" for name in missing)
-        raise UserError(
-            f"{lacking} not given: a run of many processes needs all of --coordinator, "
-            "--num_processes and --process_id, or --distributed alone on a cluster."
-        )
-    host, colon, port = given["coordinator"].rpartition(":")
-    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
-        raise UserError(f"--coordinator is {given['coordinator']!r}: give HOST:PORT.")
-    if given["num_processes"] < 1 or not 0 <= given["process_id"] < given["num_processes"]:
-        raise UserError(
-            f"--process_id {given['process_id']} of --num_processes {given['num_processes']}: "
-            "give at least one process, and an id from 0 to one below their number."
-        )
-    return Processes(**given) if given["num_processes"] > 1 else None
-
-
-def cluster_of_many(environ: Mapping[str, str]) -> str:
-    """The cluster whose variables say that this process is one task of several; '' for none.
-
-    Nothing is asked over a network, and what a mere allocation sets does not count: a shell or a
-    batch script within it is one process.
-    """
-    step = {"SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"}
-    if step <= environ.keys() and _many(environ.get("SLURM_NTASKS")):
-        return "slurm"
-    if "OMPI_MCA_orte_hnp_uri" in environ and _many(environ.get("OMPI_COMM_WORLD_SIZE")):
-        return "ompi"
-    if "TPU_WORKER_ID" in environ and "," in environ.get("TPU_WORKER_HOSTNAMES", ""):
-        return "gketpu"
-    return ""
-
-
-def one_process_a_node(environ: Mapping[str, str]) -> bool:
-    """Whether a launcher that can start a process for each GPU says that it started one a node."""
-    slurm = environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
-    return slurm == "1" or environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
-
-
-def connect(processes: Processes, *, timeout_s: int = 300) -> None:
+def connect(
+    processes: Processes, *, timeout_s: int = 300, heartbeat_s: float = HEARTBEAT_S
+) -> None:
     """Joins the run's processes; to be called before jax meets a device.
 
     From here on SIGTERM does not end this process: `stop_agreed` tells of it. An exception that
-    nobody catches ends all processes, each with a message.
+    nobody catches ends all processes, each with a message. So does the loss of a process, which
+    the others notice at once where it died, and after `heartbeat_s` where its host did; they end
+    with `Exit.AGAIN`.
 
     Args:
       processes: from `processes_from`.
       timeout_s: how long to wait for the others.
+      heartbeat_s: how long a host may leave the first one without any answer.
 
     Raises:
       UserError: where no cluster is found, or not all processes come together in time.
@@ -170,6 +96,7 @@ def connect(processes: Processes, *, timeout_s: int = 300) -> None:
         ) from error
     _ended.clear()
     sys.excepthook = _on_exception
+    _meet(heartbeat_s)
     _watching.append(threading.Thread(target=_watch, name="other processes", daemon=True))
     _watching[0].start()
 
@@ -177,6 +104,8 @@ def connect(processes: Processes, *, timeout_s: int = 300) -> None:
 def disconnect() -> None:
     """Waits for the other processes to come as far, and leaves them."""
     if jax.distributed.is_initialized():
+        barrier()
+        _farewell()
         jax.distributed.shutdown()
         _ended.set()
         for thread in _watching:
@@ -185,7 +114,11 @@ def disconnect() -> None:
 
 
 def fail(error: Exception, code: int) -> NoReturn:
-    """Prints the error in one line, and ends this and all other processes with exit code `code`."""
+    """Prints the error in one line, and ends this and all other processes with exit code `code`.
+
+    Where the error comes of another process's end, that one is named instead: `Exit.AGAIN`.
+    """
+    _await_cause(error)
     print(f"error: {error}", file=sys.stderr)
     _end(str(error), code)
 
@@ -232,13 +165,13 @@ def check_shared(folder: Path) -> None:
         )
 
 
-def stop_agreed(step: int) -> bool:
-    """Whether all processes stop after this step, because one of them got SIGTERM.
+def stop_agreed(times: int) -> bool:
+    """Whether all processes stop here, because one of them got SIGTERM.
 
-    To be called by every process after each of its steps, the same on all. True everywhere at the
-    same step, a second or more after the signal.
+    To be called by every process equally often, `times` counting up by one. True everywhere at
+    the same call, and at that one only, a second or more after the signal.
     """
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(times)
 
 
 def local_rows(
@@ -293,13 +226,86 @@ def _watch() -> None:
         except Exception:  # there is no such key yet, or no coordinator
             continue
         time.sleep(GRACE_S)
-        if _ended.is_set():
+        if _ended.is_set() or not _speaking.acquire(blocking=False):
             return
         _ended.set()
+        _farewell()
         print(f"error: process {failed['process']} failed: {failed['error']}", file=sys.stderr)
         sys.stderr.flush()
         _leave()
         os._exit(failed["code"])
+
+
+def _meet(heartbeat_s: float) -> None:
+    """Has each process notice the end of any other."""
+    state, client = _state(), _client()
+    _liveness.clear()
+    if state.process_id == 0:
+        token = uuid.uuid4().hex
+        here = liveness.first(token, lost=_on_lost, silent_s=heartbeat_s)
+        client.key_value_set(LIVENESS, json.dumps([here.port, token]), allow_overwrite=True)
+        _liveness.append(here)
+        return
+    liveness.hold_aborts()
+    port, token = json.loads(client.blocking_key_value_get(LIVENESS, PATIENCE_MS))
+    host = state.coordinator_address.rpartition(":")[0].strip("[]")
+    try:
+        _liveness.append(
+            liveness.other(
+                state.process_id, (host, port), token, lost=_on_lost, silent_s=heartbeat_s
+            )
+        )
+    except OSError as error:
+        log.error(
+            "process %d cannot reach process 0 at %s:%d (%s): that one of them is lost will only "
+            "be noticed by jax, after up to 100 s",
+            *(state.process_id, host, port, error),
+        )
+
+
+def _farewell() -> None:
+    for here in _liveness:
+        here.farewell()
+
+
+def _on_lost(lost: Mapping[int, str]) -> None:
+    """Ends this process, as no collective will end without those that are lost."""
+    if _ended.is_set() or not _speaking.acquire(blocking=False):
+        return
+    _ended.set()
+    state = _state()
+    who = " and ".join(f"process {index} ({why})" for index, why in sorted(lost.items()))
+    print(
+        f"error: lost {who}. It was killed, ran out of memory or crashed: see what it said last. "
+        f"Without it, process {state.process_id} of {state.num_processes} ends too. The same "
+        "command, with as many processes or others, goes on from the last checkpoint.",
+        file=sys.stderr,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if state.process_id == 0:
+        time.sleep(GRACE_S / 2)  # its end kills the others, who have yet to say this
+    os._exit(Exit.AGAIN)
+
+
+def _await_cause(error: BaseException) -> None:
+    """Gives `_on_lost` and `_watch` the time to end this process with the cause of its error."""
+    if not jax.distributed.is_initialized() or not _liveness:
+        return
+    texts = " ".join(str(link) for link in _chain(error))
+    wait_s = GRACE_S / 2
+    if "RESOURCE_EXHAUSTED" not in texts and (
+        isinstance(error, jax.errors.JaxRuntimeError) or _SIGNS.search(texts)
+    ):
+        wait_s += GRACE_S + _liveness[0].silent_s
+    time.sleep(wait_s)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those of which it came."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _end(error: str, code: int) -> NoReturn:
@@ -307,6 +313,7 @@ def _end(error: str, code: int) -> NoReturn:
     sys.stderr.flush()
     if jax.distributed.is_initialized():
         _ended.set()
+        _farewell()
         process = _state().process_id  # asking jax would wait for devices
         try:
             text = json.dumps({"process": process, "error": error, "code": code})
@@ -330,19 +337,9 @@ def _leave() -> None:
 def _on_exception(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
+    _await_cause(error)
     traceback.print_exception(kind, error, trace)
     _end(f"{kind.__name__}: {error}", 1)
-
-
-def _integer(variable: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"{variable} is {text!r}: give a number.") from None
-
-
-def _many(text: str | None) -> bool:
-    return text is not None and text.isdigit() and int(text) > 1
 
 
 def _in_words(parts: Sequence[Sequence[int]]) -> str:

@@ -7,9 +7,8 @@ import functools
 import json
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,18 @@ import jax
 import optax
 
 from lmjax.core import Batch, Dataset, Mean, Task, Variables
-from lmjax.engine import distributed
+from lmjax.engine import distributed, warm_start
 from lmjax.engine.changes import check_changes
 from lmjax.engine.checkpoint import Checkpoints
+from lmjax.engine.goodput import Goodput
 from lmjax.engine.incidents import Incidents, batch_of
 from lmjax.engine.program import Program
+from lmjax.engine.replicas import Corrupt, replica_check
 from lmjax.engine.report import Report
 from lmjax.engine.run import Run, compile_run
 from lmjax.engine.state import TrainState
 from lmjax.engine.stop import Stop, signals
+from lmjax.engine.watchdog import Watchdog
 from lmjax.errors import Exit, UserError
 from lmjax.sharding import batch_ways
 
@@ -65,6 +67,7 @@ class RunSession:
     seed: int
     program: Program
     state: TrainState
+    clock: Goodput = field(default_factory=Goodput)
 
     def variables(self) -> Variables:
         """The current variables; the optimizer's average of the parameters, where it keeps one."""
@@ -78,6 +81,7 @@ class RunSession:
 
     def eval_step(self, batch: Batch) -> dict[str, Mean]:
         """Metrics of a host batch, of which this process gives its rows."""
+        self.clock.beat()
         return self.program.eval_step(self.variables(), self.program.put(batch))
 
 
@@ -106,9 +110,10 @@ def train(
     Raises:
       UserError: for a workdir of another run, a full disk, unreadable checkpoints.
       BadStep: where the loss is no longer a number, or what else the guard calls bad.
+      Corrupt: where replicas of a parameter differ.
       Interrupted: after SIGINT or SIGTERM, once the state is saved.
     """
-    started = time.perf_counter()
+    clock = Goodput()
     workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -125,9 +130,11 @@ def train(
     about: dict[str, Any] = {"config": config or {}, "tokenizer": run.data.tokenizer.to_json()}
     _check_folder(workdir, about["config"])
     distributed.check_shared(workdir)
-    program = compile_run(run, devices=devices)
-    distributed.barrier()  # all have looked at the folder, and compiled
     with contextlib.ExitStack() as stack:
+        watchdog = Watchdog(run.watch, workdir, process=jax.process_index(), end=distributed.fail)
+        clock.on_beat = stack.enter_context(watchdog).beat
+        program = compile_run(run, devices=devices)
+        distributed.barrier()  # all have looked at the folder, and compiled
         checkpoints = Checkpoints(
             workdir / "checkpoints", keep_last=run.keep_last, keep_every=run.keep_every
         )
@@ -139,12 +146,16 @@ def train(
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(json.dumps(about["config"], indent=1) + "\n")
             (workdir / "tokenizer.json").write_text(about["tokenizer"])
-        report = stack.enter_context(Report(run, program, workdir, first_step=first, quiet=quiet))
-        report.start(time.perf_counter() - started)
+        report = stack.enter_context(
+            Report(run, program, workdir, first_step=first, quiet=quiet, clock=clock)
+        )
+        report.start()
+        stack.enter_context(clock)
         stop = stack.enter_context(signals())
         loop = _Loop(run, program, checkpoints, incidents, report, about, stop, start, state)
         loop.go(first)
-        checkpoints.wait()
+        with clock.spent("checkpoint"):
+            checkpoints.wait()
         return loop.session.state
 
 
@@ -165,11 +176,17 @@ class _Loop:
     ) -> None:
         self.run, self.program, self.checkpoints = run, program, checkpoints
         self.incidents, self.report, self.about = incidents, report, about
-        self.stop, self.start = stop, start
+        self.stop, self.start, self.clock = stop, start, report.clock
         self.session = RunSession(
-            task=run.task, data=run.data, seed=run.seed, program=program, state=state
+            task=run.task,
+            data=run.data,
+            seed=run.seed,
+            program=program,
+            state=state,
+            clock=self.clock,
         )
-        self.unread: tuple[int, dict[str, Mean], float] | None = None
+        self.unread: tuple[int, dict[str, Mean]] | None = None
+        self.compare = replica_check(program) if run.watch.replicas_every else None
 
     def go(self, first: int) -> None:
         """Runs steps first + 1 .. run.steps; goes back to a checkpoint where the guard says so."""
@@ -187,11 +204,14 @@ class _Loop:
         run, session = self.run, self.session
         batches = self.batches(first)
         for step in range(first + 1, run.steps + 1):
-            batch = self.program.put(next(batches))
+            with self.clock.spent("input"):
+                batch = self.program.put(next(batches))
             session.state, metrics = self.program.train_step(session.state, batch)
-            dispatched = time.perf_counter()
+            self.clock.dispatched(step, metrics["loss"].total)
             self.read()
-            self.unread = step, metrics, dispatched
+            self.unread = step, metrics
+            if self.compare is not None and step % run.watch.replicas_every == 0:
+                self.compare(session.state)
             last = step == run.steps
             if last or step % run.save_every == 0:
                 self.save(step)
@@ -199,7 +219,8 @@ class _Loop:
                 self.evaluate(step)
             if self.stop.after(step):
                 self.save(step)
-                self.checkpoints.wait()
+                with self.clock.spent("checkpoint"):
+                    self.checkpoints.wait()
                 raise Interrupted(self.stop.signum, step)
 
     def batches(self, first: int) -> Iterator[Batch]:
@@ -226,14 +247,14 @@ class _Loop:
         """Waits for the step before the one just dispatched; at most two are ever in flight."""
         if self.unread is None:
             return
-        step, means, dispatched = self.unread
+        step, means = self.unread
         self.unread = None
         values = {name: float(mean.value) for name, mean in jax.device_get(means).items()}
         if values.pop("bad"):
             self.bad(step, values)
             return
         self.incidents.good(step, values)
-        self.report.step(step, values, dispatched)
+        self.report.step(step, values)
 
     def bad(self, step: int, values: Mapping[str, float]) -> None:
         """Does what the guard's policy says of a step whose update was not applied."""
@@ -273,7 +294,7 @@ class _Loop:
         """Runs every evaluator on the state after `step`."""
         self.read()
         results: dict[str, float | str] = {}
-        with self.report.pause():
+        with self.clock.spent("evaluation"):
             for name, evaluator in self.run.evals.items():
                 found = evaluator(self.session)
                 results.update({f"{name}/{key}": value for key, value in found.items()})
@@ -282,7 +303,7 @@ class _Loop:
     def save(self, step: int) -> None:
         """Starts a checkpoint of the state after `step`, whose loss has been seen to be finite."""
         self.read()
-        with self.report.pause():
+        with self.clock.spent("checkpoint"):
             self.checkpoints.save(step, self.session.state, self.position(step))
 
     def position(self, step: int) -> dict[str, Any]:
@@ -328,7 +349,9 @@ def _start(
                 "corpus changed? Use the old corpus, or another --workdir."
             )
 
-    restored = checkpoints.restore(program.abstract_state, check)
+    restored = checkpoints.restore(program.abstract_state, check, at_most=at_most)
+    if restored is None and run.init_from:
+        return warm_start.start(run.init_from, run, program), 0
     if restored is None:
         return program.init(), 0
     step, state, saved = restored
@@ -345,6 +368,6 @@ def _start(
 def _close(checkpoints: Checkpoints, kind: Any, error: Any, trace: Any) -> None:
     """Closes what was saved, unless this process alone fails: the others would not come to it."""
     del error, trace
-    together = kind is None or issubclass(kind, Interrupted | BadStep)
+    together = kind is None or issubclass(kind, Interrupted | BadStep | Corrupt)
     if together or jax.process_count() == 1:
         checkpoints.close()

@@ -71,6 +71,17 @@ def keep(
     return nearest, _split(frozen)[0], opt_state
 
 
+def widen(precision: Precision, params: Any, frozen: Any, opt_state: Any) -> tuple[Any, Any, Any]:
+    """(params, frozen, opt_state) as they would be in a run that keeps float32.
+
+    What `keep` rounded stays rounded; the moments stay as the optimizer keeps them.
+    """
+    if precision.params == "bfloat16_master":
+        params, opt_state = _join(params, opt_state.lower_bits), opt_state.optimizer
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), (params, frozen))
+    return *wide, opt_state
+
+
 def update(
     precision: Precision,
     optimizer: optax.GradientTransformation,

@@ -62,6 +62,7 @@ class Draft:
       mesh: the devices and their axes.
       abstract_state: shapes, dtypes and shardings of the state.
       abstract_batch: likewise, of a global batch.
+      abstract_metrics: shapes of what the step reports.
       jaxpr: the step, of all devices together, as it is before partitioning.
       compile: makes the program; what the compiler raises, it raises.
     """
@@ -69,6 +70,7 @@ class Draft:
     mesh: Mesh
     abstract_state: TrainState
     abstract_batch: Batch
+    abstract_metrics: Mapping[str, Mean]
     jaxpr: Any
     compile: Callable[[], Program]
 
@@ -197,6 +199,7 @@ def draft_program(
         mesh=mesh,
         abstract_state=abstract_state,
         abstract_batch=abstract_batch,
+        abstract_metrics=traced.out_info[1],
         jaxpr=traced.jaxpr,
         compile=compile_step,
     )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lmjax.engine import distributed
+from lmjax.engine import distributed, goodput
 from lmjax.engine.curves import draw_curves, read_metrics
+from lmjax.engine.goodput import Goodput, duration
 from lmjax.engine.program import Program
+from lmjax.engine.watchdog import Health
 from lmjax.errors import UserError
 from lmjax.hardware import chip
 
 if TYPE_CHECKING:
-    from lmjax.engine.loop import Run
+    from lmjax.engine.run import Run
 
 SECONDS_BETWEEN_LINES = 10.0  # where the output is no terminal
 MANY_EPOCHS = 20.0
@@ -35,15 +35,25 @@ class Report:
     """
 
     def __init__(
-        self, run: Run, program: Program, workdir: Path, *, first_step: int, quiet: bool
+        self,
+        run: Run,
+        program: Program,
+        workdir: Path,
+        *,
+        first_step: int,
+        quiet: bool,
+        clock: Goodput,
     ) -> None:
         self.run, self.program, self.workdir, self.first = run, program, workdir, first_step
         self.writes = jax.process_index() == 0
         self.console = Console(quiet=quiet or not self.writes, highlight=False, soft_wrap=True)
         self.work = run.task.work(run.data.example)
         self.chip = chip(program.mesh.devices.flat[0].device_kind)
-        self.paused_s = self.last_line = 0.0
-        self.clock = (time.perf_counter(), first_step)
+        self.clock = clock
+        process = jax.process_index() if jax.process_count() > 1 else None
+        self.health = Health(run.watch, self.clock, process=process)
+        self.last_line = 0.0
+        self.measured = (0.0, first_step)  # seconds of training at the end of a step
         self.progress: Progress | None = None
         self.wandb: Any = None
 
@@ -63,9 +73,10 @@ class Report:
             if kind is None:
                 self._finish()
 
-    def start(self, setup_s: float) -> None:
-        """Prints what is about to run; `setup_s` seconds went by until here."""
-        self.console.print(self._table(setup_s))
+    def start(self) -> None:
+        """Prints what is about to run, and starts the clock."""
+        self.clock.start(self.first, self.workdir / goodput.FILE if self.writes else None)
+        self.console.print(self._table(self.clock.seconds["compile"]))
         for line in self._warnings():
             self.console.print(f"[yellow]note:[/] {line}")
         if self.first:
@@ -82,44 +93,33 @@ class Report:
                 "", total=self.run.steps, completed=self.first, line=""
             )
             self.progress.start()
-        self.clock = (time.perf_counter(), self.first)
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time spent within it does not count as training."""
-        began = time.perf_counter()
-        yield
-        self.paused_s += time.perf_counter() - began
-
-    def step(self, step: int, values: Mapping[str, float], now: float) -> None:
-        """Takes the metrics of a finished step, which was dispatched at `now` (perf_counter).
-
-        In a steady run steps are dispatched as fast as they end; when they are read tells less.
-        """
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the metrics of a step that has just ended."""
         due = step % self.run.log_every == 0 or step == self.run.steps
         if not due and step > self.first + 1:
             return
-        then, last_step = self.clock
-        seconds = max(now - then - self.paused_s, 1e-9) / (step - last_step)
-        self.clock, self.paused_s = (now, step), 0.0
+        (then, last_step), trained = self.measured, self.clock.training()[0]
+        seconds = max(trained - then, 1e-9) / (step - last_step)
+        self.measured = trained, step
         speed, unit = self._speed(seconds), self.work.unit
         epochs = self.run.data.epochs(step * self.run.batch_size)
         row = dict(values) | speed
         row |= {"epoch" if len(epochs) == 1 else f"epoch/{k}": v for k, v in epochs.items()}
         if due:
-            self._write(step, row)
+            self._write(step, row | self.health.look(step))
         line = f"loss {values['loss']:.4f}  {speed[f'{unit}_per_s']:,.0f} {unit}/s"
         if "mfu" in speed:
             line += f"  MFU {speed['mfu']:.1%}"
         left = (self.run.steps - step) * seconds
         if self.progress is not None:
             self.progress.update(self.bar, completed=step, line=line)
-        elif now - self.last_line > SECONDS_BETWEEN_LINES or step in (
+        elif (now := self.clock.now()) - self.last_line > SECONDS_BETWEEN_LINES or step in (
             self.first + 1,
             self.run.steps,
         ):
             self.last_line = now
-            self.console.print(f"step {step}/{self.run.steps}  {line}  {_duration(left)} left")
+            self.console.print(f"step {step}/{self.run.steps}  {line}  {duration(left)} left")
 
     def evaluation(self, step: int, results: Mapping[str, float | str]) -> None:
         """Takes what the evaluators found: numbers are metrics, strings samples."""
@@ -143,6 +143,17 @@ class Report:
         found = any(row["step"] == step and "loss" not in row for row in rows)
         return bool(distributed.exchange(found)[0])
 
+    def rewind(self, step: int) -> None:
+        """Goes back to `step`: what was written of later ones is dropped, as they run again."""
+        self.clock.rewind(step)
+        self.first, self.measured = step, (self.clock.training()[0], step)
+        if self.writes:
+            self.metrics.close()
+            self.events.close()
+            self._open_files()
+        if self.progress is not None:
+            self.progress.update(self.bar, completed=step)
+
     @property
     def metrics_path(self) -> Path:
         """One JSON object a line."""
@@ -159,7 +170,7 @@ class Report:
             kept.replace(self.metrics_path)
         self.metrics = self.metrics_path.open("a", buffering=1)
         self.events = SummaryWriter(str(self.workdir), purge_step=self.first + 1)
-        if self.run.wandb_project:
+        if self.run.wandb_project and self.wandb is None:
             try:
                 import wandb
             except ImportError as error:
@@ -178,6 +189,7 @@ class Report:
         for name, value in (evaluated[-1] if evaluated else {}).items():
             if name.endswith(("/loss", "/bits_per_byte")):
                 table.add_row(name, f"{value:.4f}" + (" nats" if name.endswith("/loss") else ""))
+        table.add_row("goodput", self.clock.summary())
         table.add_row("curves", str(picture))
         table.add_row("TensorBoard", f"tensorboard --logdir={self.workdir}")
         table.add_row("metrics", str(self.metrics_path))
@@ -250,9 +262,3 @@ def _plain_table(title: str) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

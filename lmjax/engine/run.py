@@ -13,6 +13,8 @@ from lmjax.core import Dataset, Evaluator, Task
 from lmjax.engine.guard import Guard
 from lmjax.engine.precision import Precision
 from lmjax.engine.program import Draft, Program, draft_program
+from lmjax.engine.warm_start import WarmStart
+from lmjax.engine.watchdog import Watch
 from lmjax.errors import UserError
 from lmjax.sharding import Layout
 
@@ -31,6 +33,7 @@ class Run:
       precision: of the parameters between steps, and of products with them.
       microbatches: parts into which a batch is cut to save memory.
       guard: which steps are bad, and what is done about them.
+      watch: for how long the run may stand still, and what is warned of.
       trainable: regex over parameter paths; "" trains all of them.
       seed: of initialisation, data order and dropout.
       evals: evaluators by name; their metrics are reported as `name/metric`.
@@ -41,6 +44,8 @@ class Run:
       keep_every: checkpoints at multiples of it are kept for good; 0 for none.
       log_every: steps between lines of metrics.
       wandb_project: where not "", metrics also go to this Weights & Biases project.
+      init_from: where the parameters come from at step 0: a workdir or a checkpoint, or a
+        `WarmStart` that says which of them; "" initialises all.
     """
 
     task: Task
@@ -51,6 +56,7 @@ class Run:
     layout: Layout = field(default_factory=Layout)
     precision: Precision = field(default_factory=Precision)
     guard: Guard = field(default_factory=Guard)
+    watch: Watch = field(default_factory=Watch)
     microbatches: int = 1
     trainable: str = ""
     seed: int = 0
@@ -61,6 +67,7 @@ class Run:
     keep_every: int = 0
     log_every: int = 10
     wandb_project: str = ""
+    init_from: str | WarmStart = ""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "microbatches", "save_every", "keep_last", "log_every"):

@@ -22,15 +22,26 @@ class Stop:
 
     def __init__(self) -> None:
         self.received: list[int] = []
-        self._asked: tuple[int, bool] = (-1, False)
+        self._agreed = False
+        self._times = 0
+        self._step = -1
 
-    def after(self, step: int) -> bool:
-        """Whether the run stops after this step; of many processes, all or none."""
+    def asked(self) -> bool:
+        """Whether to stop, of many processes all or none; each must ask equally often."""
         if jax.process_count() == 1:
             return bool(self.received)
-        if step != self._asked[0]:
-            self._asked = step, stop_agreed(step)
-        return self._asked[1]
+        self._times += 1  # no step number, as it is also asked within an evaluation
+        self._agreed = self._agreed or stop_agreed(self._times)
+        return self._agreed
+
+    def after(self, step: int) -> bool:
+        """Whether the run stops after this step; however often it is called for it, asked once."""
+        if jax.process_count() == 1:
+            return bool(self.received)
+        if step != self._step:
+            self._step = step
+            self.asked()
+        return self._agreed
 
     @property
     def signum(self) -> int:

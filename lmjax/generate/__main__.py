@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -22,12 +23,12 @@ STEP = flags.DEFINE_integer("step", None, "which checkpoint; the newest if not g
 
 def main(argv: list[str]) -> None:
     """Prints the prompt and, as it comes, its continuation."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     absl_logging.set_verbosity(absl_logging.WARNING)
     from lmjax.generate.language_model import load
 
     try:
+        if len(argv) > 1:
+            raise UserError(f"unexpected arguments: {' '.join(argv[1:])}.")
         lm = load(WORKDIR.value, step=STEP.value)
         print(PROMPT.value, end="", flush=True)
         for piece in lm.stream(
@@ -40,9 +41,25 @@ def main(argv: list[str]) -> None:
             print(piece, end="", flush=True)
         print()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error, error.code)
+    except OSError as error:  # what it prints to is closed, or the disk fails
+        _fail(error, 1)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        left: list[str] = flags.FLAGS(argv)
+    except RecursionError:  # absl's search for a name like it
+        _fail(flags.Error("a flag's name is longer than that of any flag."), 2)
+    except (flags.Error, OSError, ValueError) as error:  # the latter of a --flagfile
+        _fail(error, 2)
+    return left
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

@@ -15,7 +15,7 @@ import numpy as np
 
 from lmjax.core import Decoder, Variables
 from lmjax.errors import UserError
-from lmjax.generate.sample import sample
+from lmjax.generate.sample import check_settings, sample
 from lmjax.ops.losses import logits
 
 SMALLEST_BUCKET = 32
@@ -51,7 +51,8 @@ class Decoding:
         prompt, a token beyond the vocabulary, or settings out of range.
         """
         prompt = np.asarray(prompt, np.int32)
-        self._check(prompt, max_tokens, temperature, top_k)
+        check_settings(max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+        self._check(prompt)
         settings = {"temperature": jnp.float32(temperature), "top_k": jnp.int32(top_k)}
         rng, context = jax.random.key(seed), self.model.max_length
         history = [int(t) for t in prompt[-context:]]
@@ -125,18 +126,13 @@ class Decoding:
         logits_1V = logits(output.hidden_BTD, output.unembedding)[:, -1]
         return sample(logits_1V, key, **settings), output.cache
 
-    def _check(self, prompt: np.ndarray, max_tokens: int, temperature: float, top_k: int) -> None:
+    def _check(self, prompt: np.ndarray) -> None:
         if prompt.size == 0:
             raise UserError("the prompt is empty: give at least one character to go on from.")
         if prompt.max() >= self.model.vocab_size or prompt.min() < 0:
             raise UserError(
                 f"the prompt holds token {prompt.max()}, "
                 f"beyond the vocabulary of {self.model.vocab_size}."
-            )
-        if max_tokens < 0 or temperature < 0 or top_k < 0:
-            raise UserError(
-                f"max_tokens is {max_tokens}, temperature {temperature} and top_k {top_k}: "
-                "none may be negative."
             )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from lmjax.annotations import shown
 from lmjax.config import build, from_dict
 from lmjax.core import Decoder, Tokenizer, Variables
 from lmjax.data.tokenizer import tokenizer_from_json
@@ -94,12 +95,24 @@ def load(workdir: str | Path, *, step: int | None = None) -> LanguageModel:
     config = Path(workdir) / "config.json"
     if not config.exists():
         raise UserError(f"{workdir} holds no run: there is no {config}.")
-    node = json.loads(config.read_text()).get("task", {}).get("model")
-    if node is None:
+    try:
+        node = json.loads(config.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{config} cannot be read ({error}): it is damaged. The checkpoints hold copies of it."
+        ) from error
+    for name in ("task", "model"):
+        node = node.get(name) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
         raise UserError(
             f"{config} has no task.model: it was not trained from a config of a language model."
         )
-    model = build(from_dict(node))
+    try:
+        model = build(from_dict(node))
+    except UserError as error:
+        raise UserError(f"task.model of {config} is damaged: {error}") from error
+    if not hasattr(model, "init_cache"):
+        raise UserError(f"task.model of {config} is damaged: it gives {shown(model)}.")
     checkpoints = Checkpoints(Path(workdir) / "checkpoints")
     step, variables, about = checkpoints.restore_for_inference(step)
     checkpoints.close()

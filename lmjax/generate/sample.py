@@ -5,8 +5,25 @@ B batch, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+
+from lmjax.errors import UserError
+
+LARGEST = 2**31 - 1  # what int32 holds
+
+
+def check_settings(*, max_tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Raises UserError for numbers that nothing can be drawn with."""
+    if not (0 <= max_tokens <= LARGEST and 0 <= temperature < math.inf and 0 <= top_k <= LARGEST):
+        raise UserError(
+            f"max_tokens is {max_tokens}, temperature {temperature} and top_k {top_k}: "
+            "none may be negative, or beyond 32 bits."
+        )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}: must be from 0 to 2**32 - 1.")
 
 
 def sample(

@@ -11,6 +11,7 @@ import numpy as np
 from lmjax.core import Dataset, Decoder, Session, Task
 from lmjax.errors import UserError
 from lmjax.generate.decode import Decoding
+from lmjax.generate.sample import check_settings
 
 NUM_PROMPT_TOKENS = 16
 
@@ -32,11 +33,14 @@ class Samples:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.temperature < 0 or self.top_k < 0:
-            raise UserError(
-                f"max_tokens is {self.max_tokens}, temperature {self.temperature} and top_k "
-                f"{self.top_k}: give at least 1, and no negative numbers."
-            )
+        if self.max_tokens < 1:
+            raise UserError(f"max_tokens is {self.max_tokens}: give at least 1.")
+        check_settings(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed,
+        )
 
     def check(self, task: Task, data: Dataset, *, ways: int) -> None:
         """The prompt must be spelled in the data's vocabulary."""

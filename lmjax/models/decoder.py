@@ -19,6 +19,8 @@ from lmjax.layers.embed import Embed, LearnedPositions, Unembed
 from lmjax.layers.transformer import Stack
 from lmjax.sharding import shard
 
+LARGEST = 2**24  # of any size: 100 times the largest in use, and arrays of it still fit
+
 
 class Stacks(nn.Module):
     """Stacks of unlike blocks, one after another; their attention has one shape, and one cache.
@@ -113,3 +115,22 @@ class DecoderLM(nn.Module):
         costs = [(s.num_layers, *s.block.flop_per_token(length)) for s in self.stacks]
         causal = sum(layers * flop for layers, flop, _ in costs)
         return causal + logits, sum(layers * flop for layers, _, flop in costs) + logits
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises UserError for a size that is below 1 or beyond any model, by its name."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{name} is {size}: must be at least 1.")
+        if size > LARGEST:
+            raise UserError(f"{name} is {size}: must be at most {LARGEST}.")
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raises UserError where the heads do not divide `dim`, with those that would."""
+    if dim % num_heads:
+        fits = [n for n in range(1, min(dim, 2 * num_heads) + 1) if dim % n == 0]
+        raise UserError(
+            f"dim {dim} is no multiple of num_heads {num_heads}: "
+            f"choose one of {fits}, or set head_dim."
+        )

@@ -28,7 +28,7 @@ from lmjax.layers.embed import Embed, LearnedPositions
 from lmjax.layers.mlp import GeluMlp
 from lmjax.layers.norm import LayerNorm
 from lmjax.layers.transformer import Block, Remat, Stack
-from lmjax.models.decoder import DecoderLM
+from lmjax.models.decoder import DecoderLM, check_heads, check_sizes
 
 # name: (num_layers, dim, num_heads, head_dim)
 GPT2_SIZES = {
@@ -75,27 +75,20 @@ def gpt(
       remat: see `Stack`.
       unroll: see `Stack`.
     """
-    sizes = {
-        "num_layers": num_layers,
-        "dim": dim,
-        "num_heads": num_heads,
-        "vocab_size": vocab_size,
-        "max_length": max_length,
-        "vocab_multiple": vocab_multiple,
-        "unroll": unroll,
-    }
-    if head_dim is not None:
-        sizes["head_dim"] = head_dim
-    if bad := [name for name, value in sizes.items() if value < 1]:
-        raise UserError(f"{bad[0]} is {sizes[bad[0]]}: must be at least 1.")
+    check_sizes(
+        num_layers=num_layers,
+        dim=dim,
+        num_heads=num_heads,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        vocab_multiple=vocab_multiple,
+        unroll=unroll,
+        head_dim=1 if head_dim is None else head_dim,
+    )
     if not 0 <= dropout < 1:
         raise UserError(f"dropout is {dropout}: must be at least 0 and below 1.")
-    if head_dim is None and dim % num_heads:
-        fits = [n for n in range(1, dim + 1) if dim % n == 0 and abs(n - num_heads) <= num_heads]
-        raise UserError(
-            f"dim {dim} is no multiple of num_heads {num_heads}: "
-            f"choose one of {fits}, or set head_dim."
-        )
+    if head_dim is None:
+        check_heads(dim, num_heads)
     std = 0.02
     out_std = residual_std(std, num_layers)
     block = Block(

@@ -16,6 +16,7 @@ Departures:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from lmjax.layers.embed import Embed, Unembed
 from lmjax.layers.mlp import SwiGlu
 from lmjax.layers.norm import RMSNorm
 from lmjax.layers.transformer import Block, Remat, Stack
-from lmjax.models.decoder import DecoderLM, Stacks
+from lmjax.models.decoder import DecoderLM, Stacks, check_heads, check_sizes
 from lmjax.ops.rope import Rope, RopeScaling, frequencies
 
 Dtype = Literal["float32", "bfloat16"]
@@ -98,7 +99,7 @@ def llama(
       unroll: see `Stack`.
     """
     hidden = -(-8 * dim // (3 * 256)) * 256 if hidden is None else hidden
-    at_least_one(num_layers=num_layers, hidden=hidden)
+    check_sizes(num_layers=num_layers, dim=dim, hidden=hidden)
     out_std = residual_std(INIT_STD, num_layers)
     mlp = SwiGlu(dim=dim, hidden=hidden, init_std=INIT_STD, out_std=out_std, dtype=dtype)
     return rotary_decoder(
@@ -141,7 +142,7 @@ def rotary_decoder(
     For the arguments see `llama`; raises UserError for sizes that cannot work.
     """
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    at_least_one(
+    check_sizes(
         dim=dim,
         num_heads=num_heads,
         num_kv_heads=kv_heads,
@@ -149,19 +150,18 @@ def rotary_decoder(
         max_length=max_length,
         vocab_multiple=vocab_multiple,
         unroll=unroll,
+        head_dim=1 if head_dim is None else head_dim,
     )
+    if not 0 < epsilon < math.inf:
+        raise UserError(f"epsilon is {epsilon}: must be positive and finite.")
     if num_heads % kv_heads:
         fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
         raise UserError(
             f"num_kv_heads {kv_heads} does not divide num_heads {num_heads}: choose one of {fits}."
         )
-    if head_dim is None and dim % num_heads:
-        fits = [n for n in range(1, dim + 1) if dim % n == 0 and abs(n - num_heads) <= num_heads]
-        raise UserError(
-            f"dim {dim} is no multiple of num_heads {num_heads}: "
-            f"choose one of {fits}, or set head_dim."
-        )
-    head_dim = dim // num_heads if head_dim is None else head_dim
+    if head_dim is None:
+        check_heads(dim, num_heads)
+        head_dim = dim // num_heads
     frequencies(rope, head_dim)  # refuses an odd head_dim
     out_std = residual_std(INIT_STD, sum(count for count, _ in layers))
     stacks: list[Stack] = []
@@ -192,12 +192,6 @@ def rotary_decoder(
         max_length=max_length,
         unembed=None if tied else Unembed(vocab_size, dim, vocab_multiple, INIT_STD, dtype),
     )
-
-
-def at_least_one(**sizes: int) -> None:
-    """Raises UserError for a size below 1, by its name."""
-    if bad := [name for name, value in sizes.items() if value < 1]:
-        raise UserError(f"{bad[0]} is {sizes[bad[0]]}: must be at least 1.")
 
 
 def llama2(

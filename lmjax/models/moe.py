@@ -15,6 +15,7 @@ Departures:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,8 @@ from lmjax.layers.attention import residual_std
 from lmjax.layers.mlp import SwiGlu
 from lmjax.layers.moe import Moe, Routing, Scores
 from lmjax.layers.transformer import Remat
-from lmjax.models.decoder import DecoderLM
-from lmjax.models.llama import INIT_STD, Dtype, at_least_one, rotary_decoder
+from lmjax.models.decoder import DecoderLM, check_sizes
+from lmjax.models.llama import INIT_STD, Dtype, rotary_decoder
 from lmjax.ops.rope import Rope
 
 
@@ -68,7 +69,7 @@ def moe(
 
     For the others see `llama`.
     """
-    at_least_one(
+    check_sizes(
         num_layers=num_layers,
         num_experts=num_experts,
         experts_per_token=experts_per_token,
@@ -84,11 +85,15 @@ def moe(
             f"num_shared_experts is {num_shared_experts} and num_dense_layers {num_dense_layers}: "
             f"give at least 0 of each, and fewer dense layers than num_layers, {num_layers}."
         )
-    if num_dense_layers and (dense_hidden is None or dense_hidden < 1):
-        raise UserError(f"dense_hidden is {dense_hidden}: the dense layers need at least 1.")
-    if capacity_factor <= 0 or scale <= 0:
+    if num_dense_layers and dense_hidden is None:
+        raise UserError("dense_hidden is None: the dense layers need at least 1.")
+    if dense_hidden is not None:
+        check_sizes(dense_hidden=dense_hidden)
+    check_sizes(shared_hidden=max(1, num_shared_experts * expert_hidden))
+    if not (0 < capacity_factor < math.inf and 0 < scale < math.inf):
         raise UserError(
-            f"capacity_factor is {capacity_factor} and scale {scale}: both must be positive."
+            f"capacity_factor is {capacity_factor} and scale {scale}: "
+            "both must be positive and finite."
         )
     out_std = residual_std(INIT_STD, num_layers)
     mixture = Moe(

@@ -29,11 +29,13 @@ class RopeScaling:
     original_length: int = 8192
 
     def __post_init__(self) -> None:
-        if self.factor < 1 or not 0 < self.low_freq_factor < self.high_freq_factor:
+        factors = 0 < self.low_freq_factor < self.high_freq_factor < math.inf
+        if not (1 <= self.factor < math.inf and factors and self.original_length >= 1):
             raise UserError(
-                f"factor is {self.factor}, low_freq_factor {self.low_freq_factor} and "
-                f"high_freq_factor {self.high_freq_factor}: the first must be at least 1, and "
-                "0 < low_freq_factor < high_freq_factor."
+                f"factor is {self.factor}, low_freq_factor {self.low_freq_factor}, "
+                f"high_freq_factor {self.high_freq_factor} and original_length "
+                f"{self.original_length}: the first and the last must be at least 1, and "
+                "0 < low_freq_factor < high_freq_factor, all finite."
             )
 
 
@@ -43,6 +45,10 @@ class Rope:
 
     theta: float = 10_000.0
     scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.theta < math.inf:
+            raise UserError(f"rope_theta is {self.theta}: must be at least 1 and finite.")
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:

@@ -6,6 +6,7 @@ learning rate -> optional exponential average of the parameters.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -45,8 +46,8 @@ def adamw(
       moments: the dtype in which both are kept between steps; see `rounded.in_bfloat16`.
     """
     _check(b1=b1, b2=b2)
-    if not epsilon > 0:
-        raise UserError(f"epsilon is {epsilon}: must be positive.")
+    if not 0 < epsilon < math.inf:
+        raise UserError(f"epsilon is {epsilon}: must be positive and finite.")
     method = _kept(optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon), moments)
     return _chain(method, learning_rate, weight_decay, decay, clip_norm, average)
 
@@ -165,15 +166,15 @@ def _chain(
     clip_norm: float | None,
     average: float | None,
 ) -> optax.GradientTransformation:
-    if not weight_decay >= 0:
-        raise UserError(f"weight_decay is {weight_decay}: must not be negative.")
+    if not 0 <= weight_decay < math.inf:
+        raise UserError(f"weight_decay is {weight_decay}: must not be negative, and finite.")
     if clip_norm is not None and not clip_norm > 0:
         raise UserError(f"clip_norm is {clip_norm}: must be positive, or None for no clipping.")
     if average is not None:
         _check(average=average)
     try:
         pattern = re.compile(decay)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"decay is {decay!r}, which is no regular expression: {error}.") from error
     links = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     links.append(method)

@@ -15,6 +15,8 @@ import optax
 
 from lmjax.errors import UserError
 
+MAX_STEPS = 2**31 - 1
+
 
 def constant(*, peak: float, warmup_steps: int = 0) -> optax.Schedule:
     """The peak throughout."""
@@ -93,6 +95,11 @@ def _check(
         raise UserError(f"peak is {peak}: a learning rate must be positive and finite.")
     if warmup_steps < 0:
         raise UserError(f"warmup_steps is {warmup_steps}: must not be negative.")
+    if max(warmup_steps, steps or 0) > MAX_STEPS:
+        raise UserError(
+            f"steps is {steps} and warmup_steps {warmup_steps}: at most {MAX_STEPS}, as a step is "
+            "counted in 32 bits."
+        )
     if steps is not None and warmup_steps >= steps:
         raise UserError(
             f"warmup_steps {warmup_steps} is not below steps {steps}: the schedule would never "

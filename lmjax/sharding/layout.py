@@ -50,6 +50,11 @@ class Layout:
             raise UserError(f"{bad[0]} is {sizes[bad[0]]}: must be at least 1, or -1 for the rest.")
         if len(free := [a for a, n in sizes.items() if n == -1]) > 1:
             raise UserError(f"{' and '.join(free)} are -1: only one axis can take the rest.")
+        if self.stage_microbatches < 0 or self.stage_repeats < 1:
+            raise UserError(
+                f"stage_microbatches is {self.stage_microbatches} and stage_repeats "
+                f"{self.stage_repeats}: give at least 0 and at least 1."
+            )
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """The mesh shape on `num_devices` devices, -1 resolved.

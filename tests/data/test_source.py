@@ -63,6 +63,10 @@ def test_jsonl(tmp_path: Path) -> None:
         ("x.jsonl", b'{"txet": "a"}', "line 1 has no field 'text'.*Did you mean 'txet'"),
         ("x.jsonl", b'{"text": 3, "body": ""}', "'text' is of type int, .* one of body, text"),
         ("x.jsonl", b'{"text": "\\ud800"}', "line 1: 'text' is not valid Unicode"),
+        ("x.JSONL", b'{"text": ', "x.JSONL, line 1 is not JSON"),
+        ("x.jsonl", b"9" * 5000, "line 1 is not JSON: Exceeds the limit"),
+        ("x.jsonl", b"[" * 100_000, "line 1 is not JSON: maximum recursion depth"),
+        ("x.GZ", gzip.compress(b"text" * 99)[:-9] + b"\xff" * 9, "x.GZ is no whole gzip file"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -77,6 +81,21 @@ def test_missing_file_suggests_a_neighbour(tmp_path: Path) -> None:
         read_documents(str(tmp_path / "inptu.txt"))
     with pytest.raises(UserError, match="holds no files"):
         read_documents(str(tmp_path / "*.md"))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "path is empty"),
+        (" ", "path is empty"),
+        ("x" * 5000, "no text at 'xxx.*: File name too long"),
+        ("a\0*", "no text at"),
+        ("/dev/null", "'/dev/null' is neither a file nor a folder"),
+    ],
+)
+def test_names_that_no_text_has(path: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_files(path)
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,18 @@ import numpy as np
 import optax
 import pytest
 
+from lmjax.engine import loop, warm_start
 from lmjax.engine.changes import config_changes
 from lmjax.engine.checkpoint import Checkpoints
 from lmjax.engine.curves import read_metrics
 from lmjax.engine.loop import BadStep, Interrupted, train
+from lmjax.engine.replicas import Corrupt
+from lmjax.engine.run import compile_run
+from lmjax.engine.watchdog import Watch
 from lmjax.errors import UserError
 from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import constant
+from lmjax.sharding import Layout
 from tests.engine.linear_task import Linear, Points, make_run
 
 ONE = {"quiet": True}
@@ -217,3 +222,53 @@ def test_the_engine_names_no_model():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
     assert Linear().count_params({"a": np.zeros(3)}) == {"a": 3}
+
+
+def test_a_run_starts_from_the_parameters_of_another(tmp_path, caplog):
+    """Its optimizer, steps and data begin anew; resumed, it goes on from its own checkpoints."""
+    first = train(make_run(), tmp_path / "first", **ONE)
+    run = make_run(steps=5, init_from=str(tmp_path / "first"), data=Points())
+    program = compile_run(run, devices=ONE["devices"])
+    state = warm_start.start(run.init_from, run, program)
+    jax.tree.map(np.testing.assert_array_equal, state.params, first.params)
+    assert int(state.step) == 0
+    caplog.clear()
+    train(run, tmp_path / "second", **ONE)
+    losses = [row["loss"] for row in rows_of(tmp_path / "second")]
+    assert losses[0] < 0.5 * rows_of(tmp_path / "first")[0]["loss"]
+    caplog.clear()
+    train(dataclasses.replace(run, steps=7), tmp_path / "second", **ONE)
+    assert "2 parameters are loaded" not in caplog.text
+    assert [row["loss"] for row in rows_of(tmp_path / "second")][:5] == losses
+
+
+def test_a_replica_that_differs_stops_the_run(tmp_path, devices, monkeypatch):
+    """Device 1 adds one bit to its copy of a parameter in step 4; comparisons are every 2 steps."""
+    run = make_run(layout=Layout(data=4), watch=Watch(replicas_every=2), save_every=2)
+    train(run, tmp_path / "sound", devices=devices[:4], quiet=True)
+
+    def broken(program):
+        def step(state, batch):
+            state, metrics = program.train_step(state, batch)
+            if int(state.step) == 4:
+                kernel = state.params["kernel"]
+                parts = [np.array(x.data) for x in kernel.addressable_shards]
+                parts[1].view("u4")[0] ^= 1
+                placed = [
+                    jax.device_put(part, x.device)
+                    for part, x in zip(parts, kernel.addressable_shards, strict=True)
+                ]
+                odd = jax.make_array_from_single_device_arrays(
+                    kernel.shape, kernel.sharding, placed
+                )
+                state = dataclasses.replace(state, params={**state.params, "kernel": odd})
+            return state, metrics
+
+        return dataclasses.replace(program, train_step=step)
+
+    compiled = loop.compile_run
+    monkeypatch.setattr(loop, "compile_run", lambda *a, **k: broken(compiled(*a, **k)))
+    with pytest.raises(Corrupt, match=r"device 1 .* differs from 3 others, in params/kernel"):
+        train(run, tmp_path / "broken", devices=devices[:4], quiet=True)
+    assert Corrupt.code == 4
+    assert Checkpoints(tmp_path / "broken" / "checkpoints").steps() == [2]

@@ -1,0 +1,267 @@
+"""Starting from the parameters of another run, by regex; optimizer, step and data begin anew."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lmjax import sharding
+from lmjax.core import Batch, Variables
+from lmjax.engine import distributed, manifest
+from lmjax.engine.manifest import Damaged
+from lmjax.engine.program import COMPILER_OPTIONS, Draft, Program
+from lmjax.engine.state import TrainState, create_state, merge, paths_of
+from lmjax.engine.stored import Stored, find, variables
+from lmjax.errors import UserError
+from lmjax.sharding import Boxed
+
+if TYPE_CHECKING:
+    from lmjax.engine.run import Run
+
+log = logging.getLogger("lmjax")
+
+_LISTED = 12  # of each kind of parameters, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """Which parameters a run starts with, of a checkpoint of lmjax; the others are initialised.
+
+    The averaged parameters are taken where the checkpoint has them. A resumed run goes on from its
+    own checkpoints, and never comes to this.
+
+    Args:
+      path: a workdir, its `checkpoints` folder or one checkpoint.
+      step: which of its checkpoints; 0 for the newest.
+      load: regex over this run's parameter paths ('blocks/mlp/up/kernel'): those in which it is
+        found are loaded.
+      rename: (regex, replacement) pairs: the first whose regex is found in this run's path gives,
+        by `re.sub`, the path in the checkpoint; without one the paths are the same.
+      strict: whether what `load` chooses and the checkpoint lacks is an error; else it is
+        initialised.
+    """
+
+    path: str
+    step: int = 0
+    load: str = ""
+    rename: Sequence[tuple[str, str]] = ()
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.path or self.step < 0:
+            raise UserError(
+                f"init_from has path {self.path!r} and step {self.step}: name a workdir or a "
+                "checkpoint, and one of its steps, or 0 for the newest."
+            )
+        for name, pattern in (("load", self.load), *(("rename", p) for p, _ in self.rename)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"init_from.{name}: {pattern!r} is no regular expression: {error}."
+                ) from error
+
+    def source(self, path: str) -> str:
+        """The path in the checkpoint of a parameter of this run."""
+        for pattern, replacement in self.rename:
+            if re.search(pattern, path):
+                return re.sub(pattern, replacement, path)
+        return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What becomes of every parameter, by this run's path.
+
+    Args:
+      loaded: path -> the array's path in the checkpoint; those that are reshaped, too.
+      reshaped: path -> (the checkpoint's shape, this run's).
+      left: what is initialised.
+      unused: the checkpoint's parameters that nothing takes.
+    """
+
+    loaded: Mapping[str, str]
+    reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    left: Sequence[str]
+    unused: Sequence[str]
+
+    def report(self) -> str:
+        """The plan in words, a line for each kind."""
+        shapes = [f"{p} {list(a)} as {list(b)}" for p, (a, b) in self.reshaped.items()]
+        rows = [f"{len(self.loaded)} parameters are loaded"]
+        for what, names in (
+            ("reshaped", shapes),
+            ("left as initialised", self.left),
+            ("in the checkpoint and not used", self.unused),
+        ):
+            if names:
+                more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+                rows.append(f"{len(names)} {what}: {', '.join(names[:_LISTED])}{more}")
+        return "\n  ".join(rows)
+
+
+def plan(warm: WarmStart, params: Mapping[str, Any], saved: Mapping[str, Any]) -> Plan:
+    """Joins this run's parameters (path -> shape) with those of a checkpoint's manifest.
+
+    Raises:
+      UserError: where nothing is loaded, where sizes differ, where a strict start finds nothing.
+    """
+    lie = {
+        name.removeprefix("params/"): path
+        for name, path in variables(saved["arrays"]).items()
+        if name.startswith("params/")
+    }
+    chosen = [path for path in params if re.search(warm.load, path)]
+    found = {path: lie[warm.source(path)] for path in chosen if warm.source(path) in lie}
+    missing = [path for path in chosen if path not in found]
+    if missing and (warm.strict or not found):
+        wanted = [p if p == warm.source(p) else f"{p} (as {warm.source(p)})" for p in missing]
+        raise UserError(
+            f"init_from: {warm.path} has no {_some(wanted)}; it has {_some(list(lie))}. Leave them "
+            "out by init_from.load, give their names there by init_from.rename, or have them "
+            "initialised with init_from.strict=False."
+        )
+    if not chosen:
+        raise UserError(
+            f"init_from.load={warm.load!r} matches no parameter. There are: {_some(list(params))}."
+        )
+    reshaped, wrong = {}, []
+    for path, source in found.items():
+        has, wants = tuple(saved["arrays"][source]["shape"]), tuple(params[path].shape)
+        if math.prod(has) != math.prod(wants):
+            wrong.append(f"{path} is {list(wants)}, and {source} of the checkpoint {list(has)}")
+        elif has != wants:
+            reshaped[path] = (has, wants)
+    if wrong:
+        raise UserError(
+            f"init_from: {warm.path} has other sizes: {_some(wrong)}. Make the model the same, or "
+            "leave these out by init_from.load."
+        )
+    taken = {warm.source(path) for path in found}
+    return Plan(
+        loaded=found,
+        reshaped=reshaped,
+        left=[path for path in params if path not in found],
+        unused=[path for path in lie if path not in taken],
+    )
+
+
+def start(warm: str | WarmStart, run: Run, program: Program | Draft) -> TrainState:
+    """The state of step 0 with the parameters that `warm` names, read straight to their devices.
+
+    What it does not name, and all of the optimizer, is as `program.init()` makes it, the averages
+    and master bits of the optimizer from the loaded parameters. Says what was done with each.
+
+    Raises:
+      UserError: where there is no such checkpoint, it is damaged, or does not fit.
+    """
+    warm = WarmStart(path=warm) if isinstance(warm, str) else warm
+    stored = find(warm.path, warm.step or None)[-1]
+    targets = paths_of(merge(program.abstract_state.params, program.abstract_state.frozen))
+    try:
+        saved = stored.manifest()
+        chosen = plan(warm, targets, saved)
+        arrays = _read(stored, saved, chosen, targets, program)
+    except Damaged as error:
+        raise UserError(
+            f"init_from: the checkpoint {stored.folder} is damaged: {error}. Give another one."
+        ) from error
+    log.info("start from %s, step %d:\n  %s", stored.folder, saved["step"], chosen.report())
+    if saved.get("tokenizer") != run.data.tokenizer.to_json():
+        log.warning("its tokenizer is another than this run's: the same ids mean other text")
+    exact = {
+        path: x
+        for path, x in arrays.items()
+        if (x.shape, x.dtype) == (targets[path].shape, targets[path].dtype)
+    }
+    others = {path: x for path, x in arrays.items() if path not in exact}
+
+    def make(consumed: Mapping[str, jax.Array], kept: Mapping[str, jax.Array]) -> Any:
+        task: Any = _Loaded(run.task, {**consumed, **kept})
+        batch = {k: jnp.zeros((1, *v.shape), v.dtype) for k, v in run.data.example.items()}
+        state = create_state(
+            task,
+            run.optimizer,
+            batch,
+            trainable=run.trainable,
+            rng=jax.random.split(jax.random.key(run.seed))[0],
+            precision=run.precision,
+            guard=run.guard,
+        )
+        return sharding.unbox(state)
+
+    made = jax.jit(
+        make,
+        donate_argnums=0,
+        out_shardings=jax.tree.map(lambda x: x.sharding, program.abstract_state),
+        compiler_options=COMPILER_OPTIONS.get(program.mesh.devices.flat[0].platform, {}),
+    )
+    compiled = made.lower(exact, others).compile()
+    distributed.barrier()
+    state: TrainState = compiled(exact, others)
+    return state
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A task that initialises some of its parameters with given values."""
+
+    task: Any
+    values: Mapping[str, jax.Array]
+
+    def init(self, rng: jax.Array, batch: Batch) -> Variables:
+        variables = dict(self.task.init(rng, batch))
+        params = paths_of(variables["params"])
+        for path, value in self.values.items():
+            old = params[path]
+            boxed = isinstance(old, Boxed)
+            like = old.value if boxed else old
+            new = value.reshape(like.shape).astype(like.dtype)
+            params[path] = old.replace_boxed(new) if boxed else new
+        return {**variables, "params": unflatten_dict(params, sep="/")}
+
+
+def _read(
+    stored: Stored,
+    saved: Mapping[str, Any],
+    chosen: Plan,
+    targets: Mapping[str, Any],
+    program: Program | Draft,
+) -> dict[str, jax.Array]:
+    """The arrays that are loaded, by this run's paths, in the checkpoint's shapes and dtypes."""
+    mesh, wanted = program.mesh, {}
+    for path, source in chosen.loaded.items():
+        shape = saved["arrays"][source]["shape"]
+        whole = NamedSharding(mesh, _even(shape, mesh.size, mesh.axis_names))
+        where = whole if path in chosen.reshaped else targets[path].sharding
+        wanted[source] = manifest.abstract(saved, source, where)
+    reason = ""
+    try:
+        found = stored.read(wanted)
+    except Damaged as error:
+        reason = str(error)
+    if reasons := [text for text in distributed.exchange(reason) if text]:
+        raise Damaged(reasons[0])
+    if bad := manifest.damaged(saved, found):
+        raise Damaged(f"not what was saved, by their checksums: {_some(bad)}")
+    return {path: found[source] for path, source in chosen.loaded.items()}
+
+
+def _even(shape: Sequence[int], parts: int, axes: tuple[str, ...]) -> PartitionSpec:
+    """Splits the first axis that so many devices divide over all of them; none if there is none."""
+    axis = next((i for i, n in enumerate(shape) if n % parts == 0), None)
+    return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, axes)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
