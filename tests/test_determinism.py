@@ -323,7 +323,7 @@ def get_config():
 
 
 class Commands:
-    """The launcher in processes of its own, every one with another order of its hashes."""
+    """The launcher in processes of its own, each with other hashes, each run with its own cache."""
 
     def __init__(self, folder: Path, corpora: Path) -> None:
         self.folder, self.count = folder, 0
@@ -334,7 +334,7 @@ class Commands:
         self.count += 1
         environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
         environment |= {
-            "LMJAX_CACHE": str(self.folder / f"cache{self.count}"),
+            "LMJAX_CACHE": str(self.folder / f"cache-{name}"),
             "PYTHONHASHSEED": str(self.count),
         }
         if count > 1:

@@ -21,7 +21,7 @@ from lmjax.engine.guard import Guard
 from lmjax.engine.loop import BadStep, train
 from lmjax.engine.precision import Precision, keep, widen
 from lmjax.engine.run import Run, compile_run
-from lmjax.errors import UserError
+from lmjax.errors import Exit, UserError
 from lmjax.models.gpt import gpt
 from lmjax.ops.rounding import join_halves
 from lmjax.optim.presets import sgd
@@ -250,22 +250,30 @@ def test_what_cannot_run_again_is_said(sound, tmp_path):
         again(tmp_path, 1)
 
 
-def test_the_command(sound, tmp_path):
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "lmjax.replay", *arguments], capture_output=True, text=True
-        )
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "lmjax.replay", *arguments], capture_output=True, text=True
+    )
 
-    done = command(f"--workdir={sound}", "--step=5")
-    assert done.returncode == 0, done.stderr
-    assert "step 5, batch 4, from checkpoints/4, in float32\n" in done.stdout
+
+def test_the_command_tells_what_is_not_finite(sound, tmp_path):
     tree = json.loads((sound / "config.json").read_text())
     tree["data"]["nan_at"] = 4
     (tmp_path / "config.json").write_text(json.dumps(tree))
     os.symlink(sound / "checkpoints", tmp_path / "checkpoints")
     done = command(f"--workdir={tmp_path}", "--step=5")
-    assert done.returncode == 3, done.stderr
+    assert done.returncode == Exit.NOT_FINITE, done.stderr
+    assert done.stdout.startswith("step 5, batch 4, from checkpoints/4, in float32\n")
     assert "not finite first: batch/y, given\n" in done.stdout
-    done = command(f"--workdir={tmp_path}/nothing")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_the_command_ends_well_or_with_a_sentence(sound, tmp_path):
+    done = command(f"--workdir={sound}", "--step=5")
+    assert done.returncode == Exit.DONE, done.stderr
+    assert "all that the step computes from it is finite" in done.stdout
+    for arguments in ([f"--workdir={tmp_path}"], [], ["--workdir=x", "--step=y"], ["--nothing"]):
+        done = command(*arguments)
+        assert done.returncode == Exit.USAGE, arguments
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr

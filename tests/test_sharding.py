@@ -100,6 +100,8 @@ def test_layout_resolves(fields, count, expected):
         ({"fsdp": 0}, "^fsdp is 0: must be at least 1, or -1"),
         ({"tensor": -2}, "^tensor is -2"),
         ({"fsdp": -1}, "^data and fsdp are -1: only one axis"),
+        ({"stage_microbatches": -1}, "^stage_microbatches is -1"),
+        ({"stage_repeats": 0}, "stage_repeats 0: give at least 0 and at least 1"),
     ],
 )
 def test_layout_refuses(fields, message):

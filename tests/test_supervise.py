@@ -144,6 +144,21 @@ def test_many_processes_restart_together_on_another_port(tmp_path):
     assert "exit code 0 after 2 attempt(s)" in done.stderr
 
 
+@pytest.mark.slow  # they are given five seconds to notice by themselves
+def test_those_who_do_not_notice_that_one_failed_are_ended(tmp_path):
+    script = (
+        "import os, pathlib, signal, sys, time\n"
+        "if os.environ['LMJAX_PROCESS_ID'] == '1': sys.exit(3)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "time.sleep(1000)"
+    )
+    done = supervise("--processes=2", "--grace=0.5", code=script, arguments=[])
+    assert done.returncode == 3
+    assert "supervise: ending process 0" in done.stderr
+    assert "killing process 0, which did not end within 0.5 s" in done.stderr
+    assert "process 0 was ended by SIGKILL" in done.stderr
+
+
 def test_one_process_is_told_nothing(tmp_path):
     script = "import os; print([name for name in os.environ if name.startswith('LMJAX_PROCESS')])"
     assert supervise(code=script, arguments=[]).stdout == "[]\n"

@@ -5,6 +5,7 @@ Each function does what its name says in a run of one process too, where there i
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -119,7 +120,7 @@ def fail(error: Exception, code: int) -> NoReturn:
     Where the error comes of another process's end, that one is named instead: `Exit.AGAIN`.
     """
     _await_cause(error)
-    print(f"error: {error}", file=sys.stderr)
+    _say(f"error: {error}")
     _end(str(error), code)
 
 
@@ -230,8 +231,7 @@ def _watch() -> None:
             return
         _ended.set()
         _farewell()
-        print(f"error: process {failed['process']} failed: {failed['error']}", file=sys.stderr)
-        sys.stderr.flush()
+        _say(f"error: process {failed['process']} failed: {failed['error']}")
         _leave()
         os._exit(failed["code"])
 
@@ -275,14 +275,11 @@ def _on_lost(lost: Mapping[int, str]) -> None:
     _ended.set()
     state = _state()
     who = " and ".join(f"process {index} ({why})" for index, why in sorted(lost.items()))
-    print(
+    _say(
         f"error: lost {who}. It was killed, ran out of memory or crashed: see what it said last. "
         f"Without it, process {state.process_id} of {state.num_processes} ends too. The same "
-        "command, with as many processes or others, goes on from the last checkpoint.",
-        file=sys.stderr,
+        "command, with as many processes or others, goes on from the last checkpoint."
     )
-    sys.stdout.flush()
-    sys.stderr.flush()
     if state.process_id == 0:
         time.sleep(GRACE_S / 2)  # its end kills the others, who have yet to say this
     os._exit(Exit.AGAIN)
@@ -308,9 +305,16 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _say(text: str) -> None:
+    """Prints; on a full disk, where a log cannot grow, nothing, as the process must yet end."""
+    for stream, what in ((sys.stdout, ""), (sys.stderr, f"{text}\n" if text else "")):
+        with contextlib.suppress(OSError, ValueError):
+            stream.write(what)
+            stream.flush()
+
+
 def _end(error: str, code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _say("")
     if jax.distributed.is_initialized():
         _ended.set()
         _farewell()
@@ -338,7 +342,7 @@ def _on_exception(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     _await_cause(error)
-    traceback.print_exception(kind, error, trace)
+    _say("".join(traceback.format_exception(kind, error, trace)).rstrip())
     _end(f"{kind.__name__}: {error}", 1)
 
 

@@ -259,11 +259,12 @@ class _Loop:
     def bad(self, step: int, values: Mapping[str, float]) -> None:
         """Does what the guard's policy says of a step whose update was not applied."""
         guard, incidents = self.run.guard, self.incidents
+        # Read before a rollback leaves this batch out of the ones that follow.
+        rows, position = next(self.batches(step - 1)), self.position(step - 1)
         reason = incidents.bad(step, values)
         within = incidents.count <= guard.limit
         if guard.policy != "skip":
-            rows = next(self.batches(step - 1))
-            incidents.keep(step, self.session.state, rows, self.position(step - 1))
+            incidents.keep(step, self.session.state, rows, position)
         what = f"step {step} is bad: {reason}"
         if guard.policy == "skip" and within:
             log.warning("%s. Its update is left out (%d so far).", what, incidents.count)

@@ -43,12 +43,11 @@ def describe(about: Mapping[str, Any], step: int, state: Any) -> dict[str, Any]:
     """The manifest of a state that is about to be saved; its checksums are made on its devices.
 
     Args:
-      about: what the run says of itself, in JSON's types.
+      about: what the run says of itself, in JSON's types; names of the manifest's own are dropped.
       step: of the checkpoint.
       state: a tree of arrays, sharded or not; every process calls, and gets the same.
     """
-    given = dict(about)
-    assert not set(given) & set(_OURS), given.keys()
+    given = {name: value for name, value in about.items() if name not in _OURS}
     sums = checksums(state)
     arrays = {
         path: {"shape": list(x.shape), "dtype": x.dtype.name, "checksum": sums[path]}

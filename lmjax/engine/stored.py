@@ -82,7 +82,7 @@ class Stored:
         """Keeps the directory of the arrays in memory, once for all of them."""
         import tensorstore
 
-        return tensorstore.Context({"cache_pool#ocdbt": {"total_bytes_limit": 1000000}})
+        return tensorstore.Context({"cache_pool#ocdbt": {"total_bytes_limit": 2**25}})
 
     def blocks(self, path: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         """An array in blocks of `BLOCK_BYTES`, in whole chunks of the file: (where, block).
@@ -119,7 +119,8 @@ class Stored:
             path, devices, size, future = under_way.popleft()
             with _explained(f"{path} cannot be read"):
                 part = np.asarray(future.result())
-            parts[path] += [jax.device_put(part, device) for device in devices]
+            # The part is let go of only once it has arrived.
+            parts[path] += jax.block_until_ready([jax.device_put(part, d) for d in devices])
             if not devices:
                 found[path] = part
             return size

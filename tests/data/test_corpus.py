@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmjax.data.cache import write_atomically
+from lmjax.data.cache import (
+    is_sealed,
+    read_sealed,
+    seal_folder,
+    write_atomically,
+    write_sealed,
+)
 from lmjax.data.corpus import Tokens, split_documents
 from lmjax.data.source import Document, read_documents
 from lmjax.data.text import Text, validation
@@ -109,3 +115,28 @@ def test_an_empty_half_is_refused(tmp_path: Path) -> None:
     assert next(data.batches(batch_size=2, seed=0))["tokens"].shape == (2, 4)
     with pytest.raises(UserError, match=r"valid split of .* is empty: valid_fraction is 0"):
         next(validation(data).batches(batch_size=2, seed=0))
+
+
+def test_a_damaged_cache_is_not_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, folder = tmp_path / "x.txt", tmp_path / "folder"
+    assert read_sealed(file) is None
+    write_sealed(file, "text\n")
+    assert read_sealed(file) == "text\n"
+    file.write_text(file.read_text().replace("text", "txet"))
+    assert read_sealed(file) is None and not file.exists()
+    assert not is_sealed(folder)
+    folder.mkdir()
+    (folder / "ids").write_bytes(b"abc")
+    seal_folder(folder)
+    assert is_sealed(folder) and not caplog.records[1:]
+    (folder / "ids").write_bytes(b"abd")
+    assert not is_sealed(folder) and not folder.exists()
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{path} in the cache is damaged, and is made again" for path in (file, folder)
+    ]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot hold .*set LMJAX_CACHE to a folder"):
+        write_sealed(tmp_path / "file" / "x", "text")

@@ -169,3 +169,59 @@ def test_the_tokenizer_of_a_run_can_be_used_again(tmp_path):
     path.write_text(learned.to_json())
     again = Pretrained(path=str(path)).learn([], [])
     assert again.hash == learned.hash and again.end_id == learned.end_id
+
+
+def _bpe(**model: object) -> str:
+    """A tokenizer.json of a few tokens, with what is given in its model."""
+    whole = {"type": "BPE", "vocab": {"a": 0, "b": 1, "<end>": 2}, "merges": []} | model
+    special = {"id": 2, "content": "<end>", "special": model.get("special", True)}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return json.dumps({"version": "1.0", "added_tokens": [special | flags], "model": whole})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (_bpe()[:40], "x.json is no tokenizer.json .*EOF"),
+        (_bpe(merges=["a c"]), "x.json is no tokenizer.json"),
+        (_bpe(vocab={"a": 0, "b": 0, "<end>": 2}), "the tokens 'a' and 'b' have one id, 0"),
+        (_bpe(vocab={"a": 10**8, "<end>": 2}), "vocab_size is 100000001: give 1 to 16777216"),
+        (_bpe(dropout=0.5), "its dropout is not 0"),
+        (_bpe(special=False), "a text can spell the token '<end>'"),
+        ('{"kind": "subword", "vocab_size": 3}', "lacks its tokenizer, vocab_size or end_id"),
+    ],
+)
+def test_ambiguous_and_damaged_vocabularies(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        Pretrained(path=str(path), end="<end>").learn([], [])
+
+
+def test_what_a_vocabulary_cannot_spell(tmp_path: Path, tokenizer_json: str) -> None:
+    """Dropped without a word by `tokenizers`, or raised as a bare Exception."""
+    path = tmp_path / "x.json"
+    path.write_text(_bpe())
+    with pytest.raises(UserError, match="the tokenizer drops 2 bytes"):
+        Pretrained(path=str(path), end="<end>").learn([], []).encode("cd")
+    tree = json.loads(Path(tokenizer_json).read_text())
+    tree["model"]["vocab"]["gone"] = tree["model"]["vocab"].pop("z")
+    path = tmp_path / "y.json"
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="the tokenizer drops 1 bytes of the text"):
+        Pretrained(path=str(path)).learn([], []).encode("zoo")
+    with pytest.raises(UserError, match="the tokenizer cannot spell the text"):
+        Pretrained(path=tokenizer_json).learn([], []).encode("half a pair: \ud800")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "5", '{"kind": 5}', '{"kind": "characters"}'),
+        *('{"kind": "characters", "characters": "aa"}', "[" * 100_000, '{"kind": "words"}'),
+        '{"kind": "subword", "vocab_size": 5, "end_id": 9, "tokenizer": {}}',
+    ],
+)
+def test_damaged_saved_tokenizer(text: str) -> None:
+    with pytest.raises(UserError, match="the saved tokenizer is"):
+        tokenizer_from_json(text)

@@ -16,7 +16,7 @@ from lmjax.engine.checkpoint import Checkpoints
 from lmjax.engine.processes import processes_from
 from lmjax.sharding import Layout
 
-COUNT, SHAPE = 24, (2048, 2048)  # arrays of 16 MB
+COUNT, SHAPE = 56, (2048, 2048)  # arrays of 16 MB
 CHUNK_BYTES, UNDER_WAY_BYTES = 2**21, 2**25  # as small beside them as in large runs
 
 

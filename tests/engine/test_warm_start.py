@@ -99,7 +99,7 @@ def test_all_parameters_go_straight_to_their_shards(source, devices, caplog):
     folder, average = source
     run = run_of(Net(), layout=Layout(data=1, fsdp=4, tensor=2))
     with caplog.at_level(logging.INFO):
-        state = start({"path": str(folder)}, run, devices)
+        state = warm_start.start(str(folder), run, draft_run(run, devices=devices))
     jax.tree.map(np.testing.assert_array_equal, state.params, average)
     assert int(state.step) == 0 and not any(jnp.any(x) for x in jax.tree.leaves(state.opt_state))
     abstract = draft_run(run, devices=devices).abstract_state

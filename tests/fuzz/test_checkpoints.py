@@ -81,7 +81,7 @@ def same(state, expected):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected)
 
 
-@few_and_many(25, 1000)
+@few_and_many(25, 300)
 def test_restore(count, finished, tmp_path, caplog):
     """The newest, bit for bit; or an older one, and the log names what was passed over."""
     workdir, program, states = finished
@@ -115,7 +115,7 @@ def test_restore(count, finished, tmp_path, caplog):
         check()
 
 
-@few_and_many(15, 500)
+@few_and_many(15, 200)
 def test_restore_for_inference(count, finished, tmp_path):
     workdir, _, states = finished
 
@@ -140,7 +140,7 @@ def test_restore_for_inference(count, finished, tmp_path):
     check()
 
 
-@few_and_many(2, 150)
+@few_and_many(2, 40)
 def test_resume(count, finished, tmp_path, capfd):
     """The whole folder of a run: what goes on from it ends where the undamaged run ended."""
     workdir, _, states = finished

@@ -61,7 +61,7 @@ def environment(cache):
     }
 
 
-@few_and_many(150, 5000)
+@few_and_many(80, 1500)
 def test_flags(count, corpus, cache):
     child = subprocess.Popen(
         [sys.executable, "-m", "tests.fuzz.many_flags"],

@@ -75,7 +75,7 @@ def damaged(data, content):
             return packed
 
 
-@few_and_many(150, 5000)
+@few_and_many(150, 1000)
 def test_files(count, tmp_path_factory):
     """What is read of one file is what it holds."""
     folder = tmp_path_factory.mktemp("files")
@@ -99,7 +99,7 @@ def test_files(count, tmp_path_factory):
     check()
 
 
-@few_and_many(60, 2000)
+@few_and_many(60, 500)
 def test_data_sets(count, tmp_path_factory):
     """Folders of such files, cut into windows: batches of tokens in range, or a reason."""
 
@@ -140,7 +140,7 @@ def test_data_sets(count, tmp_path_factory):
     check()
 
 
-@few_and_many(100, 3000)
+@few_and_many(100, 1000)
 def test_paths(count):
     """Names of files that are none."""
     pieces = st.sampled_from(
@@ -176,7 +176,7 @@ def test_what_is_no_file(tmp_path, kind):
 WEIGHTS = st.floats() | st.sampled_from([0, -1, 1, 10**30, 1e-300, 1e300, "1", None, True])
 
 
-@few_and_many(60, 2000)
+@few_and_many(60, 500)
 def test_mixtures(count, corpus):
     sources = {name: Text(path=corpus, length=8, vocabulary=Bytes()) for name in "ab"}
 
@@ -197,7 +197,7 @@ def test_mixtures(count, corpus):
     check()
 
 
-@few_and_many(40, 1000)
+@few_and_many(40, 300)
 def test_a_damaged_cache_is_made_again(count, tmp_path, monkeypatch, caplog):
     """Tokens and learned vocabularies: cut, flipped, emptied or deleted, never believed."""
     monkeypatch.setenv("LMJAX_CACHE", str(tmp_path / "cache"))

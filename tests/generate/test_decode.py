@@ -131,6 +131,9 @@ def test_sampling_keeps_to_the_top_k_and_follows_the_temperature():
         ([], {}, "prompt is empty"),
         ([50], {}, "beyond the vocabulary of 50"),
         ([1], {"temperature": -1.0}, "none may be negative"),
+        ([1], {"temperature": float("inf")}, "temperature inf"),
+        ([1], {"top_k": 2**31}, "or beyond 32 bits"),
+        ([1], {"seed": 2**64}, "seed is 18446744073709551616: must be from 0"),
     ],
 )
 def test_bad_input(decoding, variables, prompt, change, message):

@@ -71,6 +71,23 @@ def test_what_is_no_run_is_refused(workdir, tmp_path):
         lmjax.load(workdir, step=7)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "config.json cannot be read .*: it is damaged"),
+        ("[" * 100_000, "cannot be read .*recursion"),
+        ("[]", "has no task.model"),
+        ('{"task": {"model": 5}}', "has no task.model"),
+        ('{"task": {"model": {"_call": "lmjax.models.gpt:gtp"}}}', "is damaged: config: cannot"),
+        ('{"task": {"model": {"_call": "json:loads", "s": "5"}}}', "is damaged: it gives 5"),
+    ],
+)
+def test_a_damaged_config_is_refused(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        lmjax.load(tmp_path)
+
+
 def test_the_launcher_and_the_notebook_are_one(workdir):
     """`lmjax.train` stays the function after the launcher's parts have been imported."""
     import lmjax.engine.loop

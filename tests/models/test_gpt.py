@@ -83,6 +83,9 @@ def test_layers_are_initialised_apart():
         ({"num_heads": 5}, "no multiple of num_heads"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"dim": 10**9 + 7}, "dim is 1000000007: must be at most 16777216"),
+        ({"dim": 2**24 - 3, "num_heads": 2**23}, "no multiple of num_heads"),
+        ({"head_dim": 0}, "head_dim is 0"),
     ],
 )
 def test_wrong_sizes_are_refused(change, message):

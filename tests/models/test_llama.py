@@ -170,6 +170,11 @@ def test_is_a_decoder(model):
         ({"hidden": 0}, "hidden is 0"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"head_dim": 7}, "must be even"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"head_dim": 10**9}, "head_dim is 1000000000: must be at most"),
+        ({"dim": 0}, "dim is 0"),
+        ({"rope_theta": 0.0}, "rope_theta is 0.0: must be at least 1"),
+        ({"epsilon": -1.0}, "epsilon is -1.0: must be positive"),
     ],
 )
 def test_wrong_sizes_are_refused(change, message):

@@ -149,7 +149,10 @@ def test_auxiliary_losses_of_rows_add_up(model, variables, batch):
         ({"experts_per_token": 5}, "the first may not exceed the second"),
         ({"num_dense_layers": 3}, "fewer dense layers than num_layers"),
         ({"dense_hidden": None}, "dense_hidden is None"),
+        ({"dense_hidden": 0}, "dense_hidden is 0"),
         ({"capacity_factor": 0.0}, "must be positive"),
+        ({"scale": float("inf")}, "must be positive and finite"),
+        ({"num_shared_experts": 2**24}, "shared_hidden is .*: must be at most"),
         ({"num_experts": 0}, "num_experts is 0"),
     ],
 )

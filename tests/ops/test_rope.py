@@ -81,6 +81,11 @@ def test_one_row_of_positions_serves_all_rows():
 
 
 def test_bad_settings_are_refused():
+    for change in ({"factor": float("inf")}, {"factor": 2.0, "original_length": 0}):
+        with pytest.raises(UserError, match="all finite"):
+            RopeScaling(**change)
+    with pytest.raises(UserError, match="rope_theta is inf"):
+        Rope(theta=float("inf"))
     with pytest.raises(UserError, match="it must be even"):
         frequencies(Rope(), 5)
     with pytest.raises(UserError, match="low_freq_factor < high_freq_factor"):

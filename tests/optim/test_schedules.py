@@ -80,6 +80,8 @@ def test_is_float32_in_a_compiled_step(name):
             "decay_steps is 4: must be from 1 to steps - warmup_steps = 3",
         ),
         (lambda: inverse_sqrt(peak=1.0, warmup_steps=0), "inverse_sqrt needs at least 1"),
+        (lambda: linear(peak=1.0, steps=2**31), "steps is 2147483648 .* counted in 32 bits"),
+        (lambda: constant(peak=1.0, warmup_steps=2**31), "warmup_steps 2147483648: at most"),
     ],
 )
 def test_values_out_of_range_are_refused(make, message):

@@ -43,6 +43,8 @@ def test_known(name, platform, num_chips, num_devices, wrap):
         ("v5p:4x4", "a slice of v5p has 3 dimensions, as in v5p:8x8x8"),
         ("v5e:4x4x4", "2 dimensions, as in v5e:4x4"),
         ("v5e:0x4", "size of 0"),
+        ("cpu:99999999", "has more than 1048576 chips"),
+        (f"v5e:{'9' * 5000}x4", "has more than 1048576 chips"),
         ("2*cpu:8", "of cpu give a number"),
         ("h100:8x8", "of h100 give a number"),
     ],
