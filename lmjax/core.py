@@ -219,6 +219,11 @@ class Dataset(Protocol):
         ...
 
     @property
+    def fingerprint(self) -> str:
+        """Names what batches are made of: another one where any batch would be another."""
+        ...
+
+    @property
     def vocab_size(self) -> int:
         """How many token ids there are; needs no data where the tokenizer's settings say it."""
         ...

@@ -95,8 +95,9 @@ def main(argv: list[str]) -> None:
         distributed.disconnect()
     except UserError as error:
         end(error, error.code)
-    except OSError as error:  # a full or read-only disk
-        end(error, Exit.ERROR)
+    except OSError as error:
+        text = f"{error}. Is the disk full or read-only? What was saved before is untouched; "
+        end(OSError(text + "mend it and run the same command again."), Exit.ERROR)
     except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
         end(RuntimeError("stopped at once; what was saved before is untouched."), Exit.INTERRUPTED)
     except Interrupted as stop:

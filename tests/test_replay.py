@@ -111,6 +111,15 @@ def test_any_step_runs_again(sound, step, start):
     np.testing.assert_allclose(found.metrics["loss"], losses(sound)[step], rtol=1e-5)
 
 
+def test_the_steps_before_run_in_the_layout_of_the_run(sound, devices, caplog):
+    found = replay(sound, 8, devices=devices)
+    np.testing.assert_allclose(found.metrics["loss"], losses(sound)[8], rtol=1e-5)
+    assert "one device" not in caplog.text
+    found = replay(sound, 8, devices=devices[:3])  # which do not divide the rows
+    np.testing.assert_allclose(found.metrics["loss"], losses(sound)[8], rtol=1e-5)
+    assert "the steps before run on one device" in caplog.text
+
+
 def test_a_run_that_stopped_tells_the_bad_row(tmp_path):
     with pytest.raises(BadStep, match=r"lmjax\.replay"):
         trained(points(nan_at=5), tmp_path)

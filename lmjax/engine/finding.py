@@ -64,7 +64,7 @@ class Finding:
 
     @property
     def layer(self) -> int | None:
-        """Which layer of a stack: the iteration of the first loop that a module is, over modules.
+        """Which layer of a stack, from 0: the iteration of the first loop in a module over others.
 
         None outside of such a loop; of an input, what the caller knows.
         """
@@ -97,13 +97,9 @@ class Finding:
         counts = {"NaN": self.num_nan, "+inf": self.num_positive, "-inf": self.num_negative}
         kinds = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
         at = ", ".join(map(str, self.index))
-        lines = [
-            ", ".join(where),
-            f"{self.primitive} gives "
-            * bool(self.primitive)
-            + f"{self.dtype}{list(self.shape)}: {100 * self.share:.3g} % not finite ({kinds}), "
-            f"first at [{at}]",
-        ]
+        what = f"{self.dtype}{list(self.shape)}: {100 * self.share:.3g} % not finite ({kinds})"
+        gives = f"{self.primitive} gives " if self.primitive else ""
+        lines = [", ".join(where), f"{gives}{what}, first at [{at}]"]
         if self.operands:
             lines.append("of " + " and ".join(self.operands))
         if self.source:

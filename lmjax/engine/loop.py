@@ -127,7 +127,11 @@ def train(
     distributed.local_rows(mesh)
     for evaluator in run.evals.values():
         evaluator.check(run.task, run.data, ways=ways)
-    about: dict[str, Any] = {"config": config or {}, "tokenizer": run.data.tokenizer.to_json()}
+    about: dict[str, Any] = {
+        "config": config or {},
+        "tokenizer": run.data.tokenizer.to_json(),
+        "fingerprint": run.data.fingerprint,
+    }
     _check_folder(workdir, about["config"])
     distributed.check_shared(workdir)
     with contextlib.ExitStack() as stack:
@@ -348,6 +352,12 @@ def _start(
                 f"the tokenizer of this run's checkpoint ({checkpoints.directory}) is another than "
                 "the one that the data gives now: the same ids would mean other text. Has the "
                 "corpus changed? Use the old corpus, or another --workdir."
+            )
+        if saved["fingerprint"] != about["fingerprint"]:
+            raise UserError(
+                f"the data of this run's checkpoint ({checkpoints.directory}) is another than what "
+                "is there now, though read alike: batches would repeat or be lost. Has the corpus "
+                "changed? Use the old corpus, or another --workdir."
             )
 
     restored = checkpoints.restore(program.abstract_state, check, at_most=at_most)

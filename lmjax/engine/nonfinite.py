@@ -93,8 +93,9 @@ def evaluate(
 ) -> tuple[list[Any], Finding | None]:
     """Evaluates a jaxpr on one device: (its outputs, what makes them not finite, see `first`).
 
-    Takes two to three times as long as the compiled computation, and as much memory as its largest
-    arrays, one by one; arrays are dropped after their last use.
+    Takes as long as compiling the computation and running it once where the outputs are finite, and
+    half as long again where they are not (a step of GPT-2 124M on two CPU cores). An array is
+    dropped after its last use; the inputs stay.
 
     Args:
       closed: as `jax.make_jaxpr` and `engine.program.Draft.jaxpr` have it.

@@ -62,6 +62,7 @@ class Points:
         "weights": jax.ShapeDtypeStruct((), np.float32),
     }
     vocab_size = 0
+    fingerprint = "points"
 
     def check(self):
         pass

@@ -197,6 +197,14 @@ def test_another_tokenizer_is_refused(tmp_path):
         train(make_run(data=Points(tokenizer_text="other")), tmp_path, **ONE)
 
 
+def test_a_corpus_that_changed_is_refused(tmp_path, monkeypatch):
+    """Though its tokenizer is the same, and no field of the config tells."""
+    train(make_run(steps=4), tmp_path, **ONE)
+    monkeypatch.setattr(Points, "fingerprint", "other points")
+    with pytest.raises(UserError, match="batches would repeat or be lost"):
+        train(make_run(), tmp_path, **ONE)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,10 @@ def outcome(run: Callable[[], Any]) -> tuple[Any, str | None]:
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(LIMIT_S)
     try:
-        return run(), None
+        with warnings.catch_warnings():  # of regular expressions and overflows: no errors outside
+            for category in (FutureWarning, RuntimeWarning):
+                warnings.simplefilter("ignore", category)
+            return run(), None
     except UserError as error:
         message = str(error)
     finally:
