@@ -36,13 +36,16 @@ def run_file(path: str, run: Callable[[], Any]) -> Any:
     """Runs the code of a config file; what it raises becomes a UserError that names its line."""
     try:
         return run()
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{_where(path, error)}: {error}") from error
     except SyntaxError as error:
         raise UserError(f"{error.filename or path}, line {error.lineno}: {error.msg}.") from error
     except Exception as error:  # whatever the file's own code raises
-        lines = [
-            at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == path
-        ]
-        where = f"{path}, line {lines[-1]}" if lines else path
-        raise UserError(f"{where}: {type(error).__name__}: {error}.") from error
+        raise UserError(f"{_where(path, error)}: {type(error).__name__}: {error}.") from error
+
+
+def _where(path: str, error: Exception) -> str:
+    """The file, and its line that led to the error."""
+    trace = traceback.extract_tb(error.__traceback__)
+    lines = [at.lineno for at in trace if at.filename == path]
+    return f"{path}, line {lines[-1]}" if lines else path

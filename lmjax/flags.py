@@ -34,6 +34,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def fail(error: Exception, code: int) -> NoReturn:
-    """Prints the error in one line and exits."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    """Prints the error's message and exits."""
+    print(f"error: {str(error).strip()}", file=sys.stderr)
     sys.exit(code)

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +30,10 @@ import numpy as np
 from absl import app, flags
 from absl import logging as absl_logging
 
+from lmjax.annotations import shown
 from lmjax.config import build, from_dict
 from lmjax.core import Batch, Dataset
+from lmjax.engine import warm_start
 from lmjax.engine.checkpoint import Checkpoints
 from lmjax.engine.finding import Finding
 from lmjax.engine.guard import Guard
@@ -111,7 +114,9 @@ def replay(
     """
     workdir = Path(workdir)
     tree = _config(workdir)
-    run: Run = build(from_dict(tree))
+    run = build(from_dict(tree))
+    if not isinstance(run, Run):
+        raise UserError(f"{workdir} holds no run: its config.json gives {shown(run)}.")
     incidents = read_incidents(workdir)
     if step is None:
         if not incidents:
@@ -161,7 +166,7 @@ def _config(workdir: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{workdir} holds no run: there is no {path}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {error}.") from error
     if not isinstance(tree, dict) or "task" not in tree:
         raise UserError(f"{path} has no task: the run was not made from a config.")
@@ -213,16 +218,24 @@ def _from_folder(
         earlier = [saved for saved in checkpoints.steps() if saved < step]
         exact = earlier[-1:] == [step - 1]
         draft = _draft(run, devices[:1] if exact else devices)
-        restored = earlier and checkpoints.restore(
-            draft.abstract_state, lambda saved: _check(run.data, saved, folder), at_most=step - 1
-        )
+        # An incident has its own rows, if one process read them all, and needs no data.
+        alone = exact and folder.name == FOLDER and _kept(run, folder.parent, step) is not None
+
+        def check(saved: Mapping[str, Any]) -> None:
+            if not alone:
+                _check(run.data, saved, folder)
+
+        restored = earlier and checkpoints.restore(draft.abstract_state, check, at_most=step - 1)
     finally:
         checkpoints.close()
     if restored and restored[0] == step - 1:
         return restored[1], f"{folder.name}/{step - 1}"
     program = draft.compile()
-    first, state = (restored[0], restored[1]) if restored else (0, program.init())
-    came_from = f"{folder.name}/{first}" if restored else "the initialisation"
+    first, came_from = (restored[0], f"{folder.name}/{restored[0]}") if restored else (0, "step 0")
+    if restored:
+        state = restored[1]
+    else:
+        state = warm_start.start(run.init_from, run, program) if run.init_from else program.init()
     log.info("running steps %d to %d from %s", first + 1, step - 1, came_from)
     for _, batch in zip(range(first + 1, step), _batches(run, first, left_out), strict=False):
         state, _ = program.train_step(state, program.put(batch))
@@ -240,10 +253,12 @@ def _draft(run: Run, devices: Sequence[jax.Device]) -> Draft:
 
 
 def _check(data: Dataset, saved: Mapping[str, Any], folder: Path) -> None:
-    if saved["tokenizer"] != data.tokenizer.to_json():
+    now = {"tokenizer": data.tokenizer.to_json(), "fingerprint": data.fingerprint}
+    if changed := [name for name, value in now.items() if saved[name] != value]:
         raise UserError(
-            f"the tokenizer of the checkpoints in {folder} is another than the one that the data "
-            "gives now: the batch would be another one. Has the corpus changed? Use the old one."
+            f"the {' and the '.join(changed)} of the data that the checkpoints in {folder} were "
+            "trained on is another than the data's now: the batch would be another one. Has the "
+            "corpus changed? Use the old one."
         )
 
 
@@ -257,20 +272,33 @@ def _batches(run: Run, first: int, left_out: frozenset[int]) -> Iterator[Batch]:
 def _batch(run: Run, workdir: Path, step: int, number: int) -> Batch:
     """The batch of the data; where the incident kept another one whole, that, with a warning."""
     batch = next(iter(run.data.batches(batch_size=run.batch_size, seed=run.seed, start=number)))
+    kept = _kept(run, workdir, step)
+    if kept is None or _same(kept, batch):
+        return batch
+    log.warning(
+        "the rows of step %d that were kept are not what the data gives now: they run", step
+    )
+    return kept
+
+
+def _kept(run: Run, workdir: Path, step: int) -> Batch | None:
+    """The batch of a bad step as the run kept it, where one process had all of its rows."""
     path = workdir / FOLDER / f"batch-{step}-0.npz"
     if not path.is_file():
-        return batch
-    with np.load(path) as file:
-        kept = {name: file[name] for name in file.files}
-    whole = all(len(rows) == run.batch_size for rows in kept.values())
-    same = kept.keys() == batch.keys() and all(
-        np.array_equal(kept[name], batch[name], equal_nan=kept[name].dtype.kind == "f")
-        for name in kept
+        return None
+    try:
+        with np.load(path) as file:
+            rows = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        log.warning("%s cannot be read, and the rows are the data's: %s", path, error)
+        return None
+    return rows if all(len(x) == run.batch_size for x in rows.values()) else None
+
+
+def _same(one: Batch, other: Batch) -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(x, other[name], equal_nan=x.dtype.kind == "f") for name, x in one.items()
     )
-    if not whole or same:
-        return batch
-    log.warning("%s is not what the data gives now (has it changed?), and is what runs", path)
-    return kept
 
 
 def _names(given: tuple[TrainState, Batch]) -> list[str]:

@@ -60,6 +60,7 @@ def test_variant_then_flags_override_the_file(tmp_path):
         ("none.py", "none.py: get_config\\(\\) must return call\\(...\\), and returned None"),
         ("c.txt", "c.txt is no Python file"),
         ("syntax.py", "syntax.py, line 5: invalid syntax"),
+        ("misspelt.py", "misspelt.py, line 5: .*:Part has no field 'widht'. Did you mean 'width'"),
         ("fails.py", "fails.py, line 6: ZeroDivisionError: division by zero"),
         ("list.py:x", "VARIANTS of .*list.py is \\['x'\\]: write a mapping"),
         ("x" * 5000, "no config file .*: File name too long"),
@@ -69,6 +70,7 @@ def test_variant_then_flags_override_the_file(tmp_path):
 def test_bad_file_or_variant(tmp_path, spec, message):
     write(tmp_path / "c.txt", CONFIG)
     write(tmp_path / "syntax.py", "x = = 1\n".replace("x", "\nx"))
+    write(tmp_path / "misspelt.py", "def get_config():\n    return call(Part, widht=1)\n")
     write(tmp_path / "fails.py", "def get_config():\n\n    return 1 / 0\n")
     write(tmp_path / "list.py", "VARIANTS = ['x']\ndef get_config(): pass\n")
     write(tmp_path / "c.py", CONFIG)

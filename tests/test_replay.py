@@ -98,7 +98,7 @@ def sound(tmp_path_factory):
 @pytest.mark.parametrize(
     ("step", "start"),
     [
-        (2, "the initialisation and 1 steps"),
+        (2, "step 0 and 1 steps"),
         (5, "checkpoints/4"),
         (8, "checkpoints/4 and 3 steps"),
     ],
@@ -134,13 +134,21 @@ def test_a_run_that_stopped_tells_the_bad_row(tmp_path):
     assert without.finding == found.finding
 
 
-def test_the_rows_that_were_kept_are_used_where_the_data_has_changed(tmp_path, caplog):
+def test_the_rows_that_were_kept_are_used_where_the_data_has_changed(tmp_path, caplog, monkeypatch):
     with pytest.raises(BadStep):
         trained(points(nan_at=5), tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"nan_at": 5', '"nan_at": -1'))
+    monkeypatch.setattr(Points, "fingerprint", "other points")
     assert again(tmp_path).finding.array == "batch/y"
-    assert "is not what the data gives now" in caplog.text
+    assert "are not what the data gives now" in caplog.text
+    with pytest.raises(UserError, match="the fingerprint of the data .* Has the corpus changed"):
+        again(tmp_path, 5)
+    kept = tmp_path / "incidents" / "batch-6-0.npz"
+    kept.write_bytes(kept.read_bytes()[:100])
+    with pytest.raises(UserError, match="the fingerprint of the data"):
+        again(tmp_path)
+    assert "batch-6-0.npz cannot be read" in caplog.text
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])

@@ -22,12 +22,18 @@ from lmjax.engine import distributed, manifest
 from lmjax.engine.manifest import Damaged
 from lmjax.engine.state import TrainState
 from lmjax.engine.stored import REASON, UNREADABLE, Stored, first_line, variables
-from lmjax.errors import UserError
+from lmjax.errors import Exit, UserError
 
 log = logging.getLogger("lmjax")
 
 CHUNK_BYTES = 2**26  # of an array in a file: what another layout reads at least to get a part
 _POLL_S, _PATIENCE_S = 0.02, 1.0
+
+
+class SaveFailed(UserError):
+    """A save failed or does not end, for a reason that may pass: a full disk, a slow one."""
+
+    code = Exit.ERROR
 
 
 class Checkpoints:
@@ -75,7 +81,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, about: Mapping[str, Any]) -> None:
         """Starts saving; the state may be consumed once this returns.
 
-        Raises UserError if this save cannot start, or an earlier one has failed or does not end.
+        Raises SaveFailed if this save cannot start, or an earlier one has failed or does not end.
         """
         if step in self._manager.all_steps():
             return
@@ -95,7 +101,7 @@ class Checkpoints:
         self._last = step
 
     def wait(self) -> None:
-        """Returns when every save has ended; raises UserError if one failed."""
+        """Returns when every save has ended; raises SaveFailed if one failed."""
         with self._explained("finish a save to"):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -240,7 +246,7 @@ class Checkpoints:
             waited = time.monotonic() - began
             if waited > self.slow_s:
                 self._lost = True
-                raise UserError(
+                raise SaveFailed(
                     f"the save of step {self._last} to {self.directory} did not end in "
                     f"{self.slow_s:.0f} s more after the next was due: the disk is too slow, or "
                     "hangs. Earlier checkpoints are untouched. Mend it or raise save_every, and "
@@ -275,7 +281,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             parent = next(p for p in (self.directory, *self.directory.parents) if p.exists())
             free = shutil.disk_usage(parent).free
-            raise UserError(
+            raise SaveFailed(
                 f"could not {what} {self.directory}: {first_line(error)} "
                 f"({free / 1e9:.2f} GB free). "
                 "Earlier checkpoints are untouched; make room and run the same command again."

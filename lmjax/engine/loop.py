@@ -50,6 +50,10 @@ class BadStep(UserError):
     code = Exit.NOT_FINITE
 
 
+class _Stopping(Exception):
+    """Leaves an evaluation, as the run was asked to stop; a resume makes it."""
+
+
 class _Rollback(Exception):
     """Unwinds to where the loop can go back to a checkpoint from before `step`."""
 
@@ -68,6 +72,7 @@ class RunSession:
     program: Program
     state: TrainState
     clock: Goodput = field(default_factory=Goodput)
+    stop: Stop = field(default_factory=Stop)
 
     def variables(self) -> Variables:
         """The current variables; the optimizer's average of the parameters, where it keeps one."""
@@ -82,6 +87,8 @@ class RunSession:
     def eval_step(self, batch: Batch) -> dict[str, Mean]:
         """Metrics of a host batch, of which this process gives its rows."""
         self.clock.beat()
+        if self.stop.asked():
+            raise _Stopping
         return self.program.eval_step(self.variables(), self.program.put(batch))
 
 
@@ -188,6 +195,7 @@ class _Loop:
             program=program,
             state=state,
             clock=self.clock,
+            stop=stop,
         )
         self.unread: tuple[int, dict[str, Mean]] | None = None
         self.compare = replica_check(program) if run.watch.replicas_every else None
@@ -299,11 +307,11 @@ class _Loop:
         """Runs every evaluator on the state after `step`."""
         self.read()
         results: dict[str, float | str] = {}
-        with self.clock.spent("evaluation"):
+        with self.clock.spent("evaluation"), contextlib.suppress(_Stopping):
             for name, evaluator in self.run.evals.items():
                 found = evaluator(self.session)
                 results.update({f"{name}/{key}": value for key, value in found.items()})
-        self.report.evaluation(step, results)
+            self.report.evaluation(step, results)
 
     def save(self, step: int) -> None:
         """Starts a checkpoint of the state after `step`, whose loss has been seen to be finite."""

@@ -96,6 +96,34 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(tmp_path, signum):
     assert compared[0] == compared[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Long:
+    """An evaluator of many batches, in the third of which the process gets SIGTERM, if `stops`."""
+
+    stops: bool
+
+    def check(self, task, data, *, ways):
+        pass
+
+    def __call__(self, session):
+        batch = next(session.data.batches(batch_size=16, seed=0))
+        for number in range(5):
+            if number == 2 and self.stops:
+                os.kill(os.getpid(), signal.SIGTERM)
+            loss = session.eval_step(batch)["loss"]
+            assert number < 2 or not self.stops, "the evaluation went on"
+        return {"loss": float(loss.value)}
+
+
+def test_a_stop_does_not_wait_for_an_evaluation_which_the_resume_makes(tmp_path):
+    with pytest.raises(Interrupted, match="after step 5"):
+        train(make_run(evals={"long": Long(stops=True)}, eval_every=5), tmp_path, **ONE)
+    assert not any("long/loss" in row for row in read_metrics(tmp_path / "metrics.jsonl"))
+    train(make_run(evals={"long": Long(stops=False)}, eval_every=5), tmp_path, **ONE)
+    evaluated = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if "long/loss" in r]
+    assert evaluated == [5, 10]
+
+
 def test_lines_of_steps_that_run_again_are_dropped(tmp_path):
     """Killed after step 6 with a checkpoint of step 4: 5 and 6 stand once, a torn line is gone."""
     train(make_run(steps=6, save_every=4, keep_last=5), tmp_path, **ONE)

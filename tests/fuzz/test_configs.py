@@ -175,7 +175,7 @@ def test_damaged_files(count, tmp_path, corpus):
                 text = source[:at] + source[at + data.draw(st.integers(1, 4)) :]
         path.write_bytes(text)
         _, message = outcome(lambda: load_config(str(path), {"data.path": corpus}))
-        assert message is None or str(path) in message or "config" in message
+        assert message is None or str(path) in message or message.startswith("config")
 
     check()
 
