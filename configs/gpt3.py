@@ -47,6 +47,7 @@ VARIANTS = {
         "task.model.num_layers": 2,
         "task.model.dim": 64,
         "task.model.num_heads": 4,
+        "task.model.unroll": 1,
         "evals.valid.max_batches": 2,
         "evals.sample.max_tokens": 8,
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import re
 from collections.abc import Iterable
 
 
@@ -27,6 +28,14 @@ class UserError(ValueError):
     """
 
     code = Exit.USAGE
+
+
+def check_regex(name: str, pattern: str) -> None:
+    """Raises UserError where the pattern of this name is no regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{name}: {pattern!r} is no regular expression: {error}.") from error
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

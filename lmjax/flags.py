@@ -1,26 +1,34 @@
-"""What the commands that read a config share: `--config`, its overrides, and how they fail."""
+"""What the commands share: reading flags, `--config` and its overrides, speaking, failing."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
-
-CONFIG = flags.DEFINE_string(
-    "config", None, "FILE.py[:VARIANT]; --config.a.b=VALUE overrides one of its fields"
-)
+from absl import logging as absl_logging
 
 OVERRIDES: dict[str, str] = {}
 
 
+def define_config() -> Any:
+    """Defines `--config`, for commands that take it and read their flags by `parse_flags`."""
+    return flags.DEFINE_string(
+        "config", None, "FILE.py[:VARIANT]; --config.a.b=VALUE overrides one of its fields"
+    )
+
+
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Takes `--config.FIELD=VALUE` (or `--config.FIELD VALUE`) out of argv; absl reads the rest."""
+    """Takes `--config.FIELD=VALUE` (or `--config.FIELD VALUE`) out of argv; absl reads the rest.
+
+    A command without `--config` has no such flags.
+    """
     rest, arguments = [argv[0]], iter(argv[1:])
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name.startswith("config."):
+        if argument.startswith("-") and name.startswith("config.") and "config" in flags.FLAGS:
             OVERRIDES[name.removeprefix("config.")] = value if equals else next(arguments, "")
         else:
             rest.append(argument)
@@ -31,6 +39,17 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, OSError, ValueError) as error:  # the latter of a --flagfile
         fail(error, 2)
     return left
+
+
+def speak() -> None:
+    """Has lmjax say on stderr what it does, and what it warns of; the libraries only warnings."""
+    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax and jax speak through it, at length
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("lmjax")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def fail(error: Exception, code: int) -> NoReturn:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +144,23 @@ CHIPS = {
 def chip(device_kind: str) -> Chip | None:
     """The listed chip of this kind, or None."""
     return CHIPS.get(device_kind)
+
+
+def prepare(*, devices: int = 0) -> None:
+    """What every command sets before jax meets a device.
+
+    That is `prepare_cpu`, the number of devices that the CPU shows as (0 for one), and, where none
+    is set, a folder in which compiled programs are kept ($LMJAX_CACHE, or ~/.cache/lmjax).
+    """
+    import jax
+
+    prepare_cpu()
+    if devices:
+        jax.config.update("jax_num_cpu_devices", devices)
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        cache = Path(os.environ.get("LMJAX_CACHE", "~/.cache/lmjax")).expanduser() / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def prepare_cpu() -> None:

@@ -16,19 +16,17 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from absl import logging as absl_logging
 
 from lmjax.annotations import shown
 from lmjax.config import build, from_dict
@@ -44,7 +42,8 @@ from lmjax.engine.program import Draft
 from lmjax.engine.run import Run, draft_run
 from lmjax.engine.state import TrainState, paths_of
 from lmjax.errors import Exit, UserError
-from lmjax.hardware import prepare_cpu
+from lmjax.flags import fail, parse_flags, speak
+from lmjax.hardware import prepare
 from lmjax.sharding import Layout
 
 log = logging.getLogger("lmjax")
@@ -254,7 +253,7 @@ def _draft(run: Run, devices: Sequence[jax.Device]) -> Draft:
 
 def _check(data: Dataset, saved: Mapping[str, Any], folder: Path) -> None:
     now = {"tokenizer": data.tokenizer.to_json(), "fingerprint": data.fingerprint}
-    if changed := [name for name, value in now.items() if saved[name] != value]:
+    if changed := [name for name, value in now.items() if saved.get(name, value) != value]:
         raise UserError(
             f"the {' and the '.join(changed)} of the data that the checkpoints in {folder} were "
             "trained on is another than the data's now: the batch would be another one. Has the "
@@ -326,28 +325,22 @@ def command() -> None:
     step = flags.DEFINE_integer("step", None, "which step, from 1; the last bad one if not given")
     as_trained = flags.DEFINE_bool("as_trained", False, "keep the dtypes of the run")
     num_devices = flags.DEFINE_integer(
-        "devices", 0, "how many devices the CPU shows as; 0 for one", lower_bound=0
+        "devices",
+        0,
+        "how many devices the CPU shows as; 0 for one",
+        lower_bound=0,
+        upper_bound=4096,
     )
 
     def main(argv: list[str]) -> None:
-        absl_logging.set_verbosity(absl_logging.WARNING)
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
-        prepare_cpu()
-        if num_devices.value:
-            jax.config.update("jax_num_cpu_devices", num_devices.value)
-        cache = Path(os.environ.get("LMJAX_CACHE", "~/.cache/lmjax")).expanduser() / "xla"
-        if jax.config.values["jax_compilation_cache_dir"] is None:
-            jax.config.update("jax_compilation_cache_dir", str(cache))
+        speak()
+        prepare(devices=num_devices.value)
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected arguments: {' '.join(argv[1:])}.")
             found = replay(workdir.value, step.value, as_trained=as_trained.value)
         except (UserError, OSError) as error:
-            _fail(error)
+            fail(error, Exit.USAGE)
         print(found)
         if found.finite:
             if not as_trained.value:
@@ -356,18 +349,7 @@ def command() -> None:
         print(f"Its rows: python -m lmjax.data --config=... --batch={found.batch}")
         sys.exit(Exit.NOT_FINITE)
 
-    def parse(argv: list[str]) -> list[str]:
-        try:
-            return list(flags.FLAGS(argv))
-        except flags.Error as error:
-            _fail(error)
-
-    app.run(main, flags_parser=parse)
-
-
-def _fail(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(Exit.USAGE)
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

@@ -12,28 +12,30 @@ and `--process_id`, or with `--distributed` on a cluster that jax knows: docs/ma
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags
-from absl import logging as absl_logging
 
 from lmjax.config import build_and_resolve, explain, load_config
 from lmjax.errors import Exit, UserError
-from lmjax.flags import CONFIG, OVERRIDES, fail, parse_flags
-from lmjax.hardware import prepare_cpu
+from lmjax.flags import OVERRIDES, define_config, fail, parse_flags, speak
+from lmjax.hardware import prepare
 
 if TYPE_CHECKING:
     from lmjax.engine.processes import Processes
 
+CONFIG = define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "where the run lies; an existing one is continued")
 EXPLAIN = flags.DEFINE_bool("explain", False, "print every value and where it comes from, and stop")
 DEVICES = flags.DEFINE_integer(
-    "devices", 0, "how many devices the CPU shows as, to each process; 0 for one", lower_bound=0
+    "devices",
+    0,
+    "how many devices the CPU shows as, to each process; 0 for one",
+    lower_bound=0,
+    upper_bound=4096,
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT where process 0 of many listens, the same for all of them"
@@ -56,13 +58,7 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 def main(argv: list[str]) -> None:
     """Builds the run from config and flags, and trains it."""
-    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax and jax speak through it, at length
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("lmjax")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    speak()
     end: Callable[[Exception, int], NoReturn] = fail
     try:
         if len(argv) > 1:
@@ -71,7 +67,7 @@ def main(argv: list[str]) -> None:
             raise UserError("--config is not given: name a file, as --config=configs/char.py.")
         processes = None if EXPLAIN.value else _processes()
         if processes is not None:  # before all else: what one of them does not find ends them all
-            _prepare_jax()
+            prepare(devices=DEVICES.value)
             end = _connect(processes)
         config = load_config(CONFIG.value, OVERRIDES)
         run, tree = build_and_resolve(config)
@@ -84,7 +80,7 @@ def main(argv: list[str]) -> None:
     except (UserError, OSError) as error:
         end(error, Exit.USAGE)
     if processes is None:
-        _prepare_jax()
+        prepare(devices=DEVICES.value)
     import jax
 
     from lmjax.engine import distributed
@@ -95,6 +91,14 @@ def main(argv: list[str]) -> None:
         distributed.disconnect()
     except UserError as error:
         end(error, error.code)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        text = (
+            "there is too little memory: lower batch_size, or raise microbatches or the layout's "
+        )
+        text += f"fsdp, or set task.model.remat ({str(error).splitlines()[0]})."
+        end(MemoryError(text), Exit.ERROR)
     except OSError as error:
         text = f"{error}. Is the disk full or read-only? What was saved before is untouched; "
         end(OSError(text + "mend it and run the same command again."), Exit.ERROR)
@@ -130,19 +134,6 @@ def _connect(processes: Processes) -> Callable[[Exception, int], NoReturn]:
     if jax.process_index():
         logging.getLogger("lmjax").setLevel(logging.ERROR)  # the first one speaks for all
     return distributed.fail
-
-
-def _prepare_jax() -> None:
-    """Settings that must stand before jax meets a device."""
-    import jax
-
-    prepare_cpu()
-    if DEVICES.value:
-        jax.config.update("jax_num_cpu_devices", DEVICES.value)
-    cache = Path(os.environ.get("LMJAX_CACHE", "~/.cache/lmjax")).expanduser() / "xla"
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,15 @@ from lmjax.sharding import Layout
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+# What a config hardly changes is proved with two of them by default, and with all if slow.
+FEW = pytest.mark.parametrize(
+    "smoke",
+    [
+        pytest.param(name, marks=() if name in ("moe", "shakespeare") else pytest.mark.slow)
+        for name in CONFIGS
+    ],
+    indirect=True,
+)
 # Floating-point sums in another order, over a few updates of a small float32 model.
 TOLERANCE = 1e-5
 
@@ -79,6 +88,7 @@ def test_microbatched_equals_whole(smoke, one_device):
     np.testing.assert_allclose(losses(run, devices=jax.devices()[:1]), one_device, rtol=TOLERANCE)
 
 
+@FEW
 def test_compiles_for_sixteen_devices(smoke):
     """No step runs: only the compiler sees them."""
     program = compile_run(smoke[1], devices=jax.devices())
@@ -113,6 +123,7 @@ class Failing:
         raise OSError("the disk is gone")
 
 
+@FEW
 def test_resumed_equals_uninterrupted(smoke, tmp_path):
     """Bit for bit: losses, and the parameters at the end."""
     _, run, tree = smoke

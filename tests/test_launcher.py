@@ -205,7 +205,7 @@ def test_loss_that_is_no_number_stops_the_run(launch, corpus, tmp_path):
     )
     assert (done.returncode, "Traceback" in done.stderr) == (3, False)
     assert "is bad: the loss is nan" in done.stderr
-    assert "Lower the learning rate" in done.stderr
+    assert "Then lower the learning rate" in done.stderr
 
 
 def refused(done, *messages):

@@ -142,7 +142,7 @@ def test_the_rows_that_were_kept_are_used_where_the_data_has_changed(tmp_path, c
     monkeypatch.setattr(Points, "fingerprint", "other points")
     assert again(tmp_path).finding.array == "batch/y"
     assert "are not what the data gives now" in caplog.text
-    with pytest.raises(UserError, match="the fingerprint of the data .* Has the corpus changed"):
+    with pytest.raises(UserError, match=r"the fingerprint of the data .* Has the corpus changed"):
         again(tmp_path, 5)
     kept = tmp_path / "incidents" / "batch-6-0.npz"
     kept.write_bytes(kept.read_bytes()[:100])
@@ -242,7 +242,9 @@ def test_a_module_is_named(language, tmp_path, value, what, layer):
     flat["blocks/block/mlp/up/kernel"] = flat["blocks/block/mlp/up/kernel"].at[layer].set(value)
     broken = state.replace(params=unflatten_dict(flat, sep="/"))
     kept = Checkpoints(tmp_path / "incidents")
-    kept.save(2, broken, {name: about[name] for name in ("config", "tokenizer", "data")})
+    kept.save(
+        2, broken, {name: about[name] for name in ("config", "tokenizer", "fingerprint", "data")}
+    )
     kept.close()
     found = again(tmp_path, 3)
     assert found.start == "incidents/2"

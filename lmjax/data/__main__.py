@@ -19,8 +19,9 @@ from lmjax.config import build_and_resolve, load_config
 from lmjax.data.describe import describe, spell
 from lmjax.engine.incidents import batch_of, batches_left_out
 from lmjax.errors import Exit, UserError
-from lmjax.flags import CONFIG, OVERRIDES, fail, parse_flags
+from lmjax.flags import OVERRIDES, define_config, fail, parse_flags
 
+CONFIG = define_config()
 STEP = flags.DEFINE_integer("step", None, "which step's batch, from 1", 1, 2**40)
 BATCH = flags.DEFINE_integer("batch", None, "or which batch, from 0", 0, 2**40)
 ROWS = flags.DEFINE_integer("rows", None, "how many rows to show; all if not given", lower_bound=1)

@@ -8,18 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lmjax.engine.lines import read_lines
+
 MAX_POINTS = 2000  # per line; more cannot be seen and only slow the drawing
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, a torn last line left out."""
-    rows = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """The lines of a `metrics.jsonl`, but for damaged ones."""
+    return [row for row in read_lines(path) if row and type(row.get("step")) is int]
 
 
 def draw_curves(

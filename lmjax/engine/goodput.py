@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmjax.engine.lines import read_lines
 from lmjax.errors import Exit
 
 log = logging.getLogger("lmjax")
@@ -270,14 +271,14 @@ class Goodput:
 def read_launches(path: Path) -> list[dict[str, Any]]:
     """The lines of a `goodput.jsonl`; one that is damaged is left out, with a warning."""
     launches = []
-    if path.exists():
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-            try:
-                launch = json.loads(line)
-                account([launch, launch])
-                launches.append(launch)
-            except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-                log.warning("line %d of %s is damaged and left out", number, path)
+    for number, launch in enumerate(read_lines(path), 1):
+        try:
+            if launch is None:
+                raise ValueError
+            account([launch, launch])
+            launches.append(launch)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+            log.warning("line %d of %s is damaged and left out", number, path)
     return launches
 
 

@@ -43,9 +43,9 @@ class Guard:
             value = getattr(self, name)
             if value and not 1 < value < math.inf:
                 raise UserError(f"{name} is {value}: give a multiple above 1, or 0 for no rule.")
-        for name in ("window", "limit"):
-            if (value := getattr(self, name)) < 1:
-                raise UserError(f"{name} is {value}: must be at least 1.")
+        for name, most in (("window", 10_000), ("limit", 10**9)):
+            if not 1 <= (value := getattr(self, name)) <= most:
+                raise UserError(f"{name} is {value}: must be from 1 to {most}.")
 
     @property
     def spikes(self) -> tuple[float, float]:

@@ -8,7 +8,6 @@ before step STEP + 1, bit for bit, where the policy is to stop or to roll back, 
 from __future__ import annotations
 
 import collections
-import json
 import statistics
 import time
 from collections.abc import Collection, Mapping
@@ -23,7 +22,9 @@ import numpy as np
 from lmjax.core import Batch
 from lmjax.engine.checkpoint import Checkpoints
 from lmjax.engine.guard import WATCHED, Guard
+from lmjax.engine.lines import append_line, read_lines
 from lmjax.engine.state import TrainState
+from lmjax.errors import UserError
 
 FILE, FOLDER = "incidents.jsonl", "incidents"
 KEEP_STATES = 2
@@ -38,14 +39,20 @@ def batch_of(step: int, left_out: Collection[int]) -> int:
 
 
 def read_incidents(workdir: str | Path) -> list[dict[str, Any]]:
-    """What `incidents.jsonl` holds; a line that a kill cut short is no incident."""
+    """What `incidents.jsonl` holds; a line that a kill cut short is no incident.
+
+    Raises UserError where a line is damaged: the batch that it left out would come again.
+    """
     path, found = Path(workdir) / FILE, []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+    wanted = {"step": int, "batch": int, "policy": str, "left_out": list}
+    for number, row in enumerate(read_lines(path), 1):
+        if row is None or any(type(row.get(name)) is not kind for name, kind in wanted.items()):
+            raise UserError(
+                f"line {number} of {path} is damaged, and it may name a batch that is to be left "
+                "out. Give the file back from a copy, or remove the line if its policy was not "
+                "'rollback'."
+            )
+        found.append(row)
     return found
 
 
@@ -90,8 +97,7 @@ class Incidents:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         if jax.process_index() == 0:
-            with (self.workdir / FILE).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.workdir / FILE, line)
         if self.guard.policy == "rollback":
             self.left_out |= {batch}
             self._recent.clear()

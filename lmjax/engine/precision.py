@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmjax.errors import UserError, did_you_mean
+from lmjax.errors import UserError, check_regex, did_you_mean
 from lmjax.ops.quantize import Products
 from lmjax.ops.rounding import join_halves, split_halves, stochastic_round
 from lmjax.sharding import Boxed
@@ -45,10 +44,7 @@ class Precision:
         for name, allowed in (("params", get_args(Kept)), ("products", get_args(Products))):
             if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"{name} is {value!r}." + did_you_mean(str(value), allowed))
-        try:
-            re.compile(self.quantized)
-        except re.error as error:
-            raise UserError(f"quantized is no regular expression: {error}.") from error
+        check_regex("quantized", self.quantized)
 
 
 class MasterState(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,8 +14,10 @@ from lmjax.engine.precision import Precision
 from lmjax.engine.program import Draft, Program, draft_program
 from lmjax.engine.warm_start import WarmStart
 from lmjax.engine.watchdog import Watch
-from lmjax.errors import UserError
+from lmjax.errors import UserError, check_regex
 from lmjax.sharding import Layout
+
+MAX_STEPS = 2**31 - 2  # the state counts them in int32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,8 @@ class Run:
         for name in ("eval_every", "keep_every"):
             if (value := getattr(self, name)) < 0:
                 raise UserError(f"{name} is {value}: must not be negative.")
+        if self.steps > MAX_STEPS:
+            raise UserError(f"steps is {self.steps}: must be at most {MAX_STEPS}.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}: must be from 0 to 2**32 - 1.")
         if self.batch_size % self.microbatches:
@@ -87,10 +90,7 @@ class Run:
                 f"keep_every {self.keep_every} is no multiple of save_every {self.save_every}: "
                 "nothing would be saved at the steps to be kept."
             )
-        try:
-            re.compile(self.trainable)
-        except re.error as error:
-            raise UserError(f"trainable is no regular expression: {error}.") from error
+        check_regex("trainable", self.trainable)
         self.task.check(self.data)
 
 

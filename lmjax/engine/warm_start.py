@@ -21,7 +21,7 @@ from lmjax.engine.manifest import Damaged
 from lmjax.engine.program import COMPILER_OPTIONS, Draft, Program
 from lmjax.engine.state import TrainState, create_state, merge, paths_of
 from lmjax.engine.stored import Stored, find, variables
-from lmjax.errors import UserError
+from lmjax.errors import UserError, check_regex
 from lmjax.sharding import Boxed
 
 if TYPE_CHECKING:
@@ -62,13 +62,9 @@ class WarmStart:
                 f"init_from has path {self.path!r} and step {self.step}: name a workdir or a "
                 "checkpoint, and one of its steps, or 0 for the newest."
             )
-        for name, pattern in (("load", self.load), *(("rename", p) for p, _ in self.rename)):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(
-                    f"init_from.{name}: {pattern!r} is no regular expression: {error}."
-                ) from error
+        check_regex("init_from.load", self.load)
+        for pattern, _ in self.rename:
+            check_regex("init_from.rename", pattern)
 
     def source(self, path: str) -> str:
         """The path in the checkpoint of a parameter of this run."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from typing import NoReturn
-
 from absl import app, flags
 from absl import logging as absl_logging
 
-from lmjax.errors import UserError
+from lmjax.errors import Exit, UserError
+from lmjax.flags import fail, parse_flags
+from lmjax.hardware import prepare
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "text to continue", required=True)
@@ -24,6 +23,7 @@ STEP = flags.DEFINE_integer("step", None, "which checkpoint; the newest if not g
 def main(argv: list[str]) -> None:
     """Prints the prompt and, as it comes, its continuation."""
     absl_logging.set_verbosity(absl_logging.WARNING)
+    prepare()
     from lmjax.generate.language_model import load
 
     try:
@@ -41,25 +41,10 @@ def main(argv: list[str]) -> None:
             print(piece, end="", flush=True)
         print()
     except UserError as error:
-        _fail(error, error.code)
+        fail(error, error.code)
     except OSError as error:  # what it prints to is closed, or the disk fails
-        _fail(error, 1)
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        left: list[str] = flags.FLAGS(argv)
-    except RecursionError:  # absl's search for a name like it
-        _fail(flags.Error("a flag's name is longer than that of any flag."), 2)
-    except (flags.Error, OSError, ValueError) as error:  # the latter of a --flagfile
-        _fail(error, 2)
-    return left
-
-
-def _fail(error: Exception, code: int) -> NoReturn:
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(code)
+        fail(error, Exit.ERROR)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

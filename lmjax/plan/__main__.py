@@ -20,8 +20,9 @@ from rich.table import Table
 
 from lmjax.config import load_config
 from lmjax.errors import UserError
-from lmjax.flags import CONFIG, OVERRIDES, fail, parse_flags
+from lmjax.flags import OVERRIDES, define_config, fail, parse_flags
 
+CONFIG = define_config()
 TOPOLOGY = flags.DEFINE_string(
     "topology", None, "chips, as v5e:16x16, v5p:8x8x8, 2*v6e:16x16, h100:64, cpu:8"
 )

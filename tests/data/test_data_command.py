@@ -154,7 +154,8 @@ def test_the_command(tmp_path: Path) -> None:
             assert piece["name"] == str(file)
             assert file.read_text()[slice(*piece["characters"])] == piece["text"]
     (tmp_path / "incidents.jsonl").write_text(
-        '{"batch": 1, "policy": "rollback"}\n{"batch": 0, "policy": "skip"}\n'
+        '{"step": 2, "batch": 1, "policy": "rollback", "left_out": []}\n'
+        '{"step": 1, "batch": 0, "policy": "skip", "left_out": []}\n'
     )
     again = command(*config, "--step=2", f"--workdir={tmp_path}", "--rows=2")
     assert again.returncode == 0, again.stderr

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -152,11 +151,6 @@ def test_rollback_leaves_the_batch_out(tmp_path, first, caplog):
 def test_the_batch_of_a_step():
     assert [batch_of(step, ()) for step in (1, 2, 3)] == [0, 1, 2]
     assert [batch_of(step, {1, 2, 5}) for step in (1, 2, 3, 4, 5)] == [0, 3, 4, 6, 7]
-
-
-def test_a_torn_line_is_no_incident(tmp_path):
-    (tmp_path / "incidents.jsonl").write_text(json.dumps({"step": 3}) + '\n{"st')
-    assert read_incidents(tmp_path) == [{"step": 3}]
 
 
 @pytest.mark.parametrize(
