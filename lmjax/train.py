@@ -12,6 +12,7 @@ and `--process_id`, or with `--distributed` on a cluster that jax knows: docs/ma
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -84,11 +85,17 @@ def main(argv: list[str]) -> None:
     import jax
 
     from lmjax.engine import distributed
+    from lmjax.engine.checkpoint import SaveHangs
     from lmjax.engine.loop import Interrupted, train
 
     try:
         train(run, WORKDIR.value, config=tree)
         distributed.disconnect()
+    except SaveHangs as error:
+        if processes is None:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(error.code)
+        end(error, error.code)
     except UserError as error:
         end(error, error.code)
     except jax.errors.JaxRuntimeError as error:

@@ -208,6 +208,33 @@ def test_loss_that_is_no_number_stops_the_run(launch, corpus, tmp_path):
     assert "Then lower the learning rate" in done.stderr
 
 
+def test_a_save_that_never_ends_does_not_keep_the_process(launch, corpus, tmp_path):
+    """Nor does its thread, for which an interpreter that ends as usual would wait."""
+    hanging = """
+import threading, time
+from absl import app
+import lmjax.train
+from lmjax.engine import checkpoint
+
+def hang(self, *arguments, made=checkpoint.Checkpoints.__init__, **options):
+    made(self, *arguments, **{**options, "slow_s": 0.2})
+    self._manager.is_saving_in_progress = lambda: self._last is not None
+
+checkpoint.Checkpoints.__init__ = hang
+threading.Thread(target=time.sleep, args=(1000,)).start()
+app.run(lmjax.train.main, flags_parser=lmjax.train.parse_flags)
+"""
+    done = launch(
+        *SMALL,
+        f"--config.data.path={corpus / 'good.txt'}",
+        "--config.save_every=1",
+        f"--workdir={tmp_path}",
+        command=(sys.executable, "-c", hanging),
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert "the save of step 1 to" in done.stderr and "did not end" in done.stderr
+
+
 def refused(done, *messages):
     """Exit code 2, and on stderr one message without a traceback."""
     assert done.returncode == 2, done.stderr

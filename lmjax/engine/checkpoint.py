@@ -31,9 +31,13 @@ _POLL_S, _PATIENCE_S = 0.02, 1.0
 
 
 class SaveFailed(UserError):
-    """A save failed or does not end, for a reason that may pass: a full disk, a slow one."""
+    """A save failed for a reason that may pass, such as a full disk."""
 
     code = Exit.ERROR
+
+
+class SaveHangs(SaveFailed):
+    """A save does not end: neither does its thread, for which the interpreter would wait."""
 
 
 class Checkpoints:
@@ -246,7 +250,7 @@ class Checkpoints:
             waited = time.monotonic() - began
             if waited > self.slow_s:
                 self._lost = True
-                raise SaveFailed(
+                raise SaveHangs(
                     f"the save of step {self._last} to {self.directory} did not end in "
                     f"{self.slow_s:.0f} s more after the next was due: the disk is too slow, or "
                     "hangs. Earlier checkpoints are untouched. Mend it or raise save_every, and "
