@@ -14,6 +14,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 
 from lmjax import sharding
 from lmjax.core import Mean, Output
@@ -125,6 +126,21 @@ def cannot_read(step):
     Checkpoints._read = torn
 
 
+def cannot_write(process):
+    """From now on what this process, if it is the one, saves of a state does not reach the disk."""
+    save = ocp.PyTreeCheckpointHandler.async_save
+
+    class Full:
+        def result(self, timeout=None):
+            raise OSError("no space left on this host's disk")
+
+    async def failing(self, *args, **arguments):
+        futures = await save(self, *args, **arguments)
+        return [*futures, Full()] if jax.process_index() == process else futures
+
+    ocp.PyTreeCheckpointHandler.async_save = failing
+
+
 def main(runs: dict, folder: Path) -> None:
     """Trains every named run (fields of Layout, and what is to go wrong), one after the other."""
     jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
@@ -133,6 +149,7 @@ def main(runs: dict, folder: Path) -> None:
     for name, fields in runs.items():
         changes = {"steps": fields.pop("steps", 10)}
         cannot_read(fields.pop("unreadable", -1))
+        cannot_write(fields.pop("unwritable", -1))
         changes["data"] = Rows(broken_at=fields.pop("broken_at", -1))
         leave_results(make_run(Layout(**fields), **changes), folder / name)
     distributed.disconnect()

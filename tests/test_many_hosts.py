@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 
+from lmjax.engine.checkpoint import Checkpoints
 from lmjax.engine.curves import read_metrics
 from lmjax.engine.distributed import local_rows
 from lmjax.engine.loop import train
@@ -250,6 +251,22 @@ def whole(cache, tmp_path_factory):
     command = train_command(folder, folder / "run", 2)
     end(start(command, count=2, devices=2, cache=cache), [0, 0])
     return values_of(folder / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_is_full_for_one_process_ends_both_soon(cache, tmp_path, full):
+    """The other one waits for it to commit; what was saved before is whole."""
+    runs = {"run": {"data": 1, "fsdp": 4, "steps": 6}}
+    train_together(runs, tmp_path, count=2, devices=2, cache=cache)
+    runs["run"] |= {"unwritable": full, "steps": 12}
+    began = time.monotonic()
+    outputs = train_together(runs, tmp_path, count=2, devices=2, cache=cache, codes=[1, 1])
+    assert time.monotonic() - began < 60
+    assert "no space left on this host's disk" in outputs[full]
+    assert f"process {full} failed" in outputs[1 - full]
+    assert "no space left" in outputs[1 - full]
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [6]
 
 
 @pytest.mark.slow

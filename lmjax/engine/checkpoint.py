@@ -11,6 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,9 @@ class Checkpoints:
         self.slow_s = slow_s
         self._last: int | None = None  # the step of the save that may be under way
         self._lost = False  # whether it never ended
+        # What this process could not write. Orbax would tell of it after all processes have met,
+        # for which those that could write wait in another place.
+        self._failed: list[BaseException] = []
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every or None,
@@ -73,8 +77,8 @@ class Checkpoints:
                 self.directory,
                 options=options,
                 item_handlers={
-                    "state": ocp.PyTreeCheckpointHandler(),
-                    "about": ocp.JsonCheckpointHandler(),
+                    "state": _noting(ocp.PyTreeCheckpointHandler(), self._failed),
+                    "about": _noting(ocp.JsonCheckpointHandler(), self._failed),
                 },
             )
 
@@ -107,6 +111,9 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when every save has ended; raises SaveFailed if one failed."""
         with self._explained("finish a save to"):
+            while self._manager.is_saving_in_progress():
+                self._check_failed()
+                time.sleep(_POLL_S)
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
@@ -247,6 +254,7 @@ class Checkpoints:
         """Returns when the save before this one has ended; raises where it failed, or goes on."""
         began, warned = time.monotonic(), False
         while self._manager.is_saving_in_progress():
+            self._check_failed()
             waited = time.monotonic() - began
             if waited > self.slow_s:
                 self._lost = True
@@ -267,6 +275,12 @@ class Checkpoints:
             time.sleep(_POLL_S)
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
+
+    def _check_failed(self) -> None:
+        """Raises what this process could not write, where there are others that wait for it."""
+        if self._failed and jax.process_count() > 1:
+            self._lost = True
+            raise self._failed[0]
 
     def _sweep(self) -> None:
         """Removes what a killed launch had begun to save: it has no name, and nobody reads it."""
@@ -290,6 +304,35 @@ class Checkpoints:
                 f"({free / 1e9:.2f} GB free). "
                 "Earlier checkpoints are untouched; make room and run the same command again."
             ) from error
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """A future of orbax that keeps its error as soon as it has one."""
+
+    future: Any
+    failed: list[BaseException]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.future, name)
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self.future.result(timeout=timeout)
+        except BaseException as error:
+            self.failed.append(error)
+            raise
+
+
+def _noting(handler: Any, failed: list[BaseException]) -> Any:
+    """An orbax handler whose failures to save are also appended to `failed`."""
+    save = handler.async_save
+
+    async def async_save(*args: Any, **arguments: Any) -> list[_Noted]:
+        return [_Noted(f, failed) for f in await save(*args, **arguments) or ()]
+
+    handler.async_save = async_save
+    return handler
 
 
 def _changed(paths: list[str]) -> str:
