@@ -37,7 +37,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except RecursionError:  # absl's search for a name like it
         fail(flags.Error("a flag's name is longer than that of any flag."), 2)
     except (flags.Error, OSError, ValueError) as error:  # the latter of a --flagfile
-        fail(error, 2)
+        fail(flags.Error(" ".join(str(error).split())), 2)
     return left
 
 

@@ -471,7 +471,7 @@ def char(tmp_path):
         ({"steps": "2"}, "config.optimizer.learning_rate: warmup_steps 2 is not below steps 2"),
         ({"steps": "0"}, "warmup_steps 2 is not below steps 0"),
         ({"seed": "-1"}, "config: seed is -1"),
-        ({"trainable": "("}, "config: trainable is no regular expression"),
+        ({"trainable": "("}, "config: trainable: "),
         ({"optimizer.decay": "("}, "config.optimizer: decay is '\\(', which is no regular expr"),
         ({"optimizer.b2": "1"}, "config.optimizer: b2 is 1.0: must be at least 0 and below 1"),
         ({"layout.fsdp": "0"}, "config.layout: fsdp is 0"),

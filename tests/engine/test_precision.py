@@ -214,7 +214,7 @@ def test_precision_that_there_is_not_is_refused():
         Precision(params="bfloat16_mastr")
     with pytest.raises(UserError, match="products is 'int4'"):
         Precision(products="int4")
-    with pytest.raises(UserError, match="quantized is no regular expression"):
+    with pytest.raises(UserError, match=r"quantized: '\(' is no regular expression"):
         Precision(quantized="(")
 
 
