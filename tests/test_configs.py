@@ -83,6 +83,7 @@ def test_one_device_equals_eight(smoke, one_device):
     np.testing.assert_allclose(losses(run, devices=jax.devices()[:8]), one_device, rtol=TOLERANCE)
 
 
+@FEW
 def test_microbatched_equals_whole(smoke, one_device):
     run = dataclasses.replace(smoke[1], microbatches=4)
     np.testing.assert_allclose(losses(run, devices=jax.devices()[:1]), one_device, rtol=TOLERANCE)

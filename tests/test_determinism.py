@@ -224,6 +224,7 @@ def test_a_run_that_dies_and_is_started_again_is_bit_equal(
     np.testing.assert_array_equal(losses(tmp_path), expected)
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_to_another_layout_agrees(corpora, uninterrupted, tmp_path):
     """From 4 devices to one, and what the 4 did until then."""
     assert run_on(corpora, tmp_path, 4, dies_at=30, data=2, fsdp=2) is None
