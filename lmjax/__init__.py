@@ -38,10 +38,11 @@ def train(config: ConfigDict, workdir: str, **options: Any) -> TrainState:
     `options` are those of `lmjax.engine.loop.train`.
     """
     from lmjax.config import build_and_resolve
+    from lmjax.convert.weights import LOADERS
     from lmjax.engine import loop
 
     run, tree = build_and_resolve(config)
-    return loop.train(run, workdir, config=tree, **options)
+    return loop.train(run, workdir, config=tree, **{"loaders": LOADERS, **options})
 
 
 def load(workdir: str, *, step: int | None = None) -> LanguageModel:

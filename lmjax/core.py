@@ -103,12 +103,13 @@ class Unembedding:
     """The map from hidden states to logits, kept apart from them so that a loss can go in chunks.
 
     Shapes: weights_VD. Rows from `vocab_size` on are padding: their logits are -inf to every
-    reader.
+    reader. With a `softcap` c each logit x is c tanh(x / c).
     """
 
     weights_VD: jax.Array
     vocab_size: int = struct.field(pytree_node=False)
     dtype: str = struct.field(pytree_node=False, default="float32")
+    softcap: float | None = struct.field(pytree_node=False, default=None)
 
 
 @struct.dataclass

@@ -84,12 +84,13 @@ def main(argv: list[str]) -> None:
         prepare(devices=DEVICES.value)
     import jax
 
+    from lmjax.convert.weights import LOADERS
     from lmjax.engine import distributed
     from lmjax.engine.checkpoint import SaveHangs
     from lmjax.engine.loop import Interrupted, train
 
     try:
-        train(run, WORKDIR.value, config=tree)
+        train(run, WORKDIR.value, config=tree, loaders=LOADERS)
         distributed.disconnect()
     except SaveHangs as error:
         if processes is None:

@@ -7,23 +7,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from lmjax.data.cache import cache_folder, read_sealed, write_sealed
-from lmjax.data.tokenizer import (
-    LARGEST_VOCABULARY,
-    ByteTokenizer,
-    CharacterTokenizer,
-    SubwordTokenizer,
-    TextTokenizer,
-    explained,
-    tokenizer_from_json,
-)
-from lmjax.errors import UserError, did_you_mean
+from lmjax.data.pieces import LARGEST_VOCABULARY
+from lmjax.data.pretrained import read_tiktoken, read_tokenizer
+from lmjax.data.subword import SubwordTokenizer
+from lmjax.data.tiktoken import Encoding, encoding
+from lmjax.data.tokenizer import ByteTokenizer, CharacterTokenizer, TextTokenizer
+from lmjax.errors import UserError
 
 
 class Vocabulary(Protocol):
@@ -124,54 +118,69 @@ class BPE:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A tokenizer.json as it is.
+    """A published tokenizer: tokenizer.json, SentencePiece's .model, tekken.json or .tiktoken.
 
     Args:
-      path: the file, or a folder that holds one.
-      end: the token that ends a document; "</s>" for Llama 2, "<|end_of_text|>" for Llama 3.
+      path: the file, or a folder that holds one, with what `transformers` writes beside it.
+      end: the token that ends a document; None for the eos_token that the files name, or else
+        "<|endoftext|>".
     """
 
     path: str
-    end: str = "<|endoftext|>"
+    end: str | None = None
 
     @property
     def vocab_size(self) -> int:
         """One more than the highest id in the file."""
-        return _read_tokenizer(self.path, self.end).vocab_size
+        return read_tokenizer(self.path, self.end).vocab_size
 
     def learn(self, train: Sequence[str], valid: Sequence[str]) -> TextTokenizer:
         """Reads the file."""
-        return _read_tokenizer(self.path, self.end)
+        return read_tokenizer(self.path, self.end)
 
 
-@functools.lru_cache(maxsize=4)
-def _read_tokenizer(path: str, end: str) -> SubwordTokenizer:
-    import tokenizers
+@dataclass(frozen=True, kw_only=True)
+class Tiktoken:
+    """A rank file of tiktoken, which holds neither the cutting of words nor special tokens.
 
-    file = Path(path).expanduser()
-    file = file / "tokenizer.json" if file.is_dir() else file
-    if not file.is_file():
-        near = [f.as_posix() for f in file.parent.glob("*.json")]
-        raise UserError(f"no tokenizer at {file.as_posix()!r}." + did_you_mean(str(file), near))
-    try:
-        text = file.read_text("utf-8")
-        if text.startswith('{"kind":') and isinstance(
-            made := tokenizer_from_json(text), SubwordTokenizer
-        ):
-            return made  # the tokenizer of a run, with the end of its own
-        with explained("it cannot be read"):
-            ids = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
-            special = [t["content"] for t in json.loads(text).get("added_tokens", ())]
-    except (OSError, ValueError) as error:  # UserErrors and broken UTF-8 among them
-        raise UserError(
-            f"{file} is no tokenizer.json of Hugging Face `tokenizers`: {error} Save one with "
-            "tokenizer.save(path)."
-        ) from error
-    if end not in ids:
-        raise UserError(f"{file} has no token {end!r}: set `end`." + did_you_mean(end, special))
-    made = SubwordTokenizer(tokenizer_json=text, vocab_size=max(ids.values()) + 1, end_id=ids[end])
-    try:
-        made.check()
-    except UserError as error:
-        raise UserError(f"{file}, its end {end!r}: {error}") from error
-    return made
+    Args:
+      path: the file, of any name.
+      encoding: the published encoding that it belongs to, "cl100k_base" or another of
+        `lmjax.data.tiktoken.ENCODINGS`; empty for what follows.
+      pattern: the regular expression that cuts a text into words, as tiktoken takes it.
+      special: special tokens; their ids follow the ranks.
+      end: the one of them that ends a document.
+    """
+
+    path: str
+    encoding: str = ""
+    pattern: str = ""
+    special: tuple[str, ...] = ("<|endoftext|>",)
+    end: str = "<|endoftext|>"
+
+    def __post_init__(self) -> None:
+        """Refuses an unknown encoding, and two ways to cut words or none."""
+        if bool(self.encoding) == bool(self.pattern):
+            raise UserError(
+                f"encoding is {self.encoding!r} and pattern {self.pattern!r}: give one of them."
+            )
+        if self.encoding:
+            encoding(self.encoding)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id."""
+        return self._tokenizer.vocab_size
+
+    def learn(self, train: Sequence[str], valid: Sequence[str]) -> TextTokenizer:
+        """Reads the file."""
+        return self._tokenizer
+
+    @functools.cached_property
+    def _tokenizer(self) -> SubwordTokenizer:
+        known = (
+            encoding(self.encoding)
+            if self.encoding
+            else Encoding(pattern=self.pattern, following=tuple(self.special), end=self.end)
+        )
+        return read_tiktoken(self.path, known)

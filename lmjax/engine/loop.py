@@ -99,6 +99,7 @@ def train(
     config: Mapping[str, Any] | None = None,
     devices: Sequence[jax.Device] | None = None,
     quiet: bool = False,
+    loaders: warm_start.Loaders | None = None,
 ) -> TrainState:
     """Trains to the last step, from the newest checkpoint in `workdir` if there is one.
 
@@ -113,6 +114,7 @@ def train(
         resume.
       devices: by default all.
       quiet: writes the files and prints nothing.
+      loaders: read what `init_from` may name beside checkpoints, by its scheme.
 
     Raises:
       UserError: for a workdir of another run, a full disk, unreadable checkpoints.
@@ -151,7 +153,9 @@ def train(
         )
         stack.push(functools.partial(_close, checkpoints))
         incidents = Incidents(workdir, run.guard, seed=run.seed)
-        start = functools.partial(_start, run, program, checkpoints, incidents, about)
+        start = functools.partial(
+            _start, run, program, checkpoints, incidents, about, loaders=loaders
+        )
         state, first = start()
         distributed.barrier()  # what made the state was compiled as well
         if jax.process_index() == 0:
@@ -350,6 +354,7 @@ def _start(
     about: Mapping[str, Any],
     *,
     at_most: int | None = None,
+    loaders: warm_start.Loaders | None = None,
 ) -> tuple[TrainState, int]:
     """The state to go on from, and the number of steps behind it: `at_most` so many, if given."""
 
@@ -370,7 +375,7 @@ def _start(
 
     restored = checkpoints.restore(program.abstract_state, check, at_most=at_most)
     if restored is None and run.init_from:
-        return warm_start.start(run.init_from, run, program), 0
+        return warm_start.start(run.init_from, run, program, loaders), 0
     if restored is None:
         return program.init(), 0
     step, state, saved = restored

@@ -47,12 +47,19 @@ def describe(about: Mapping[str, Any], step: int, state: Any) -> dict[str, Any]:
       step: of the checkpoint.
       state: a tree of arrays, sharded or not; every process calls, and gets the same.
     """
-    given = {name: value for name, value in about.items() if name not in _OURS}
     sums = checksums(state)
     arrays = {
         path: {"shape": list(x.shape), "dtype": x.dtype.name, "checksum": sums[path]}
         for path, x in flat(state).items()
     }
+    return seal(about, step, arrays, _mesh(state))
+
+
+def seal(
+    about: Mapping[str, Any], step: int, arrays: Mapping[str, Any], mesh: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The manifest of arrays (path -> shape, dtype, checksum) that the devices of `mesh` held."""
+    given = {name: value for name, value in about.items() if name not in _OURS}
     given |= {
         "format": FORMAT,
         "step": step,
@@ -60,7 +67,7 @@ def describe(about: Mapping[str, Any], step: int, state: Any) -> dict[str, Any]:
         "arrays": arrays,
         "tokenizer_sha256": hashlib.sha256(str(about.get("tokenizer", "")).encode()).hexdigest(),
         "versions": versions(),
-        "mesh": _mesh(state),
+        "mesh": mesh,
     }
     given = json.loads(json.dumps(given))
     return {**given, "sha256": _sha256(given)}

@@ -45,8 +45,8 @@ class Run:
       keep_every: checkpoints at multiples of it are kept for good; 0 for none.
       log_every: steps between lines of metrics.
       wandb_project: where not "", metrics also go to this Weights & Biases project.
-      init_from: where the parameters come from at step 0: a workdir or a checkpoint, or a
-        `WarmStart` that says which of them; "" initialises all.
+      init_from: where the parameters come from at step 0: a workdir or a checkpoint, 'hf:DIR' for a
+        folder of Hugging Face's, or a `WarmStart` that says which of them; "" initialises all.
     """
 
     task: Task

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +35,14 @@ _LISTED = 12  # of each kind of parameters, at most
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStart:
-    """Which parameters a run starts with, of a checkpoint of lmjax; the others are initialised.
+    """Which parameters a run starts with, of a checkpoint or 'hf:DIR'; the others are initialised.
 
     The averaged parameters are taken where the checkpoint has them. A resumed run goes on from its
     own checkpoints, and never comes to this.
 
     Args:
-      path: a workdir, its `checkpoints` folder or one checkpoint.
+      path: a workdir, its `checkpoints` folder or one checkpoint; or 'hf:DIR', a folder of Hugging
+        Face's.
       step: which of its checkpoints; 0 for the newest.
       load: regex over this run's parameter paths ('blocks/mlp/up/kernel'): those in which it is
         found are loaded.
@@ -151,18 +153,56 @@ def plan(warm: WarmStart, params: Mapping[str, Any], saved: Mapping[str, Any]) -
     )
 
 
-def start(warm: str | WarmStart, run: Run, program: Program | Draft) -> TrainState:
+class Source(Protocol):
+    """Weights of another library as a checkpoint is read: `engine.stored.Stored` in small.
+
+    Its manifest has `step`, `tokenizer` (None where it is not known) and `arrays`, whose paths
+    begin with 'params/', and which need no checksums.
+    """
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie."""
+        ...
+
+    def manifest(self) -> Mapping[str, Any]:
+        """What they are."""
+        ...
+
+    def read(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Arrays by path, with the shapes, dtypes and shardings of `wanted`."""
+        ...
+
+
+# By scheme, 'hf' of 'hf:DIR': (what follows it, the shapes of this run's parameters) -> Source.
+Loaders = Mapping[str, Callable[[str, Mapping[str, tuple[int, ...]]], Source]]
+
+
+def start(
+    warm: str | WarmStart, run: Run, program: Program | Draft, loaders: Loaders | None = None
+) -> TrainState:
     """The state of step 0 with the parameters that `warm` names, read straight to their devices.
 
     What it does not name, and all of the optimizer, is as `program.init()` makes it, the averages
     and master bits of the optimizer from the loaded parameters. Says what was done with each.
 
+    Args:
+      warm: a path, or what to take from it.
+      run: that starts.
+      program: its program.
+      loaders: read what else a path may name, by its scheme.
+
     Raises:
       UserError: where there is no such checkpoint, it is damaged, or does not fit.
     """
     warm = WarmStart(path=warm) if isinstance(warm, str) else warm
-    stored = find(warm.path, warm.step or None)[-1]
     targets = paths_of(merge(program.abstract_state.params, program.abstract_state.frozen))
+    scheme, _, rest = warm.path.partition(":")
+    if loaders and scheme in loaders:
+        shapes = {path: tuple(x.shape) for path, x in targets.items()}
+        stored: Stored | Source = loaders[scheme](rest, shapes)
+    else:
+        stored = find(warm.path, warm.step or None)[-1]
     try:
         saved = stored.manifest()
         chosen = plan(warm, targets, saved)
@@ -172,7 +212,7 @@ def start(warm: str | WarmStart, run: Run, program: Program | Draft) -> TrainSta
             f"init_from: the checkpoint {stored.folder} is damaged: {error}. Give another one."
         ) from error
     log.info("start from %s, step %d:\n  %s", stored.folder, saved["step"], chosen.report())
-    if saved.get("tokenizer") != run.data.tokenizer.to_json():
+    if saved.get("tokenizer") not in (None, run.data.tokenizer.to_json()):
         log.warning("its tokenizer is another than this run's: the same ids mean other text")
     exact = {
         path: x
@@ -227,7 +267,7 @@ class _Loaded:
 
 
 def _read(
-    stored: Stored,
+    stored: Stored | Source,
     saved: Mapping[str, Any],
     chosen: Plan,
     targets: Mapping[str, Any],
@@ -247,7 +287,7 @@ def _read(
         reason = str(error)
     if reasons := [text for text in distributed.exchange(reason) if text]:
         raise Damaged(reasons[0])
-    if bad := manifest.damaged(saved, found):
+    if isinstance(stored, Stored) and (bad := manifest.damaged(saved, found)):
         raise Damaged(f"not what was saved, by their checksums: {_some(bad)}")
     return {path: found[source] for path, source in chosen.loaded.items()}
 

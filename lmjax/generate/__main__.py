@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from absl import app, flags
 from absl import logging as absl_logging
 
@@ -9,19 +11,41 @@ from lmjax.errors import Exit, UserError
 from lmjax.flags import fail, parse_flags
 from lmjax.hardware import prepare
 
+if TYPE_CHECKING:
+    from lmjax.generate.language_model import LanguageModel
+
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run", required=True)
-PROMPT = flags.DEFINE_string("prompt", None, "text to continue", required=True)
+PROMPT = flags.DEFINE_multi_string(
+    "prompt", None, "text to continue; several are decoded together", required=True
+)
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 200, "how many tokens to add at most", lower_bound=0
 )
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token", lower_bound=0.0)
 TOP_K = flags.DEFINE_integer("top_k", 50, "draw from so many tokens; 0 for all", lower_bound=0)
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "draw from the likeliest tokens that reach this probability; 1 for all"
+)
+MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "draw from tokens of this share of the likeliest's probability; 0 for all"
+)
+REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "above 1 makes tokens that the text holds less likely"
+)
+STOP = flags.DEFINE_multi_string("stop", [], "end before this string; may be given again")
 SEED = flags.DEFINE_integer("seed", 0, "the same seed gives the same text", lower_bound=0)
+NUM_BEAMS = flags.DEFINE_integer(
+    "num_beams", 0, "search so many beams for likely texts instead of drawing one", lower_bound=0
+)
+LENGTH_PENALTY = flags.DEFINE_float(
+    "length_penalty", 1.0, "with --num_beams: above 0 favours long texts, below 0 short ones"
+)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; the newest if not given")
+DRAWING = (TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED)
 
 
 def main(argv: list[str]) -> None:
-    """Prints the prompt and, as it comes, its continuation."""
+    """Prints each prompt and its continuation; that of one prompt as it comes."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     prepare()
     from lmjax.generate.language_model import load
@@ -29,21 +53,54 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected arguments: {' '.join(argv[1:])}.")
-        lm = load(WORKDIR.value, step=STEP.value)
-        print(PROMPT.value, end="", flush=True)
-        for piece in lm.stream(
-            PROMPT.value,
-            max_tokens=MAX_TOKENS.value,
-            temperature=TEMPERATURE.value,
-            top_k=TOP_K.value,
-            seed=SEED.value,
-        ):
-            print(piece, end="", flush=True)
-        print()
+        _check()
+        _speak(load(WORKDIR.value, step=STEP.value))
     except UserError as error:
         fail(error, error.code)
     except OSError as error:  # what it prints to is closed, or the disk fails
         fail(error, Exit.ERROR)
+
+
+def _check() -> None:
+    """Raises UserError for flags that mean nothing beside each other, or are out of range."""
+    from lmjax.generate.sample import Sampling
+
+    Sampling(**_settings())
+    given = [flag.name for flag in DRAWING if flags.FLAGS[flag.name].present]
+    if NUM_BEAMS.value and given:
+        raise UserError(
+            f"--num_beams searches and draws nothing: leave out --{', --'.join(given)}, or "
+            "--num_beams."
+        )
+    if not NUM_BEAMS.value and flags.FLAGS[LENGTH_PENALTY.name].present:
+        raise UserError("--length_penalty is for a search: give --num_beams too.")
+
+
+def _settings() -> dict[str, Any]:
+    return {flag.name: flag.value for flag in DRAWING if flag is not SEED}
+
+
+def _speak(lm: LanguageModel) -> None:
+    """Prints what is asked for."""
+    prompts = PROMPT.value
+    how: dict[str, Any] = {"max_tokens": MAX_TOKENS.value, "stop": STOP.value}
+    if NUM_BEAMS.value:
+        for number, prompt in enumerate(prompts):
+            found = lm.search(
+                prompt, num_beams=NUM_BEAMS.value, length_penalty=LENGTH_PENALTY.value, **how
+            )
+            texts = [f"{prompt}{text}\n[score {score:.3f}]" for text, score in found]
+            print("\n" * (number > 0) + "\n\n".join(texts))
+        return
+    how |= {"seed": SEED.value, **_settings()}
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        for piece in lm.stream(prompts[0], **how):
+            print(piece, end="", flush=True)
+        print()
+        return
+    texts = lm.generate_batch(prompts, **how)
+    print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
 
 
 if __name__ == "__main__":

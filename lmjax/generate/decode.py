@@ -1,4 +1,4 @@
-"""Cached decoding, compiled once per bucket of lengths.
+"""Cached decoding of one prompt or many, compiled once per bucket of lengths and rows.
 
 B batch, T length, S cache length, V vocabulary.
 """
@@ -7,32 +7,43 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax import sharding
 from lmjax.core import Decoder, Variables
 from lmjax.errors import UserError
-from lmjax.generate.sample import check_settings, sample
+from lmjax.generate.sample import Sampling, Settings, check_run, penalised, sample
+from lmjax.generate.weights import unrolled
 from lmjax.ops.losses import logits
 
-SMALLEST_BUCKET = 32
+SMALLEST_PROMPT = 32
+SMALLEST_CACHE = 128
 
 
 class Decoding:
     """Decodes with one model; what it compiled serves every later prompt.
 
-    A cache has the length of its bucket (32, 64, ... up to the model's longest context) and moves
-    to the next one when it is full, so that a short text never pays for a long context. When the
-    context itself is full, its later half is read again as a new prompt.
+    A cache has the length of its bucket (128, 256, ... up to the model's longest context) and
+    moves to the next one when it is full, so that a short text never pays for a long context. When
+    the context itself is full, its later half is read again as a new prompt. Prompts of unequal
+    lengths end at the same slot of the cache: what fills a shorter one up at its left is of another
+    segment, and positions count from the row's own first token.
+
+    Args:
+      smallest_cache: the first bucket.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, *, smallest_cache: int = SMALLEST_CACHE) -> None:
         self.model = model
-        self._prefill = jax.jit(self._prefill_step, static_argnames="length")
-        self._next = jax.jit(self._next_step, donate_argnames="cache")
+        self.smallest_cache = smallest_cache
+        self._read = jax.jit(self.read, static_argnames="size")
+        self._step = jax.jit(self.step, donate_argnames="cache")
+        # Apart from the model: compiled for a number of rows once, whatever the cache's length is.
+        self._draw = jax.jit(self._draw_step, donate_argnames="seen_BV")
 
     def tokens(
         self,
@@ -40,99 +51,180 @@ class Decoding:
         prompt: Sequence[int] | np.ndarray,
         *,
         max_tokens: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
         seed: int = 0,
         end_id: int | None = None,
+        **settings: Unpack[Settings],
     ) -> Iterator[int]:
         """Yields up to `max_tokens` tokens after the prompt, or until `end_id` comes.
 
-        Token i is drawn with a key that is a function of (seed, i). Raises UserError for an empty
-        prompt, a token beyond the vocabulary, or settings out of range.
+        Token i is drawn with a key that is a function of (seed, i), as `Sampling` says. Raises
+        UserError for an empty prompt, a token beyond the vocabulary, or settings out of range.
         """
-        prompt = np.asarray(prompt, np.int32)
-        check_settings(max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
-        self._check(prompt)
-        settings = {"temperature": jnp.float32(temperature), "top_k": jnp.int32(top_k)}
-        rng, context = jax.random.key(seed), self.model.max_length
-        history = [int(t) for t in prompt[-context:]]
-        cache: Any = None
-        held = 0
-        for index in range(max_tokens):
-            key = jax.random.fold_in(rng, index)
-            if cache is None or held == context:
-                if held == context:
-                    history = history[-max(context // 2, 1) :]
-                token, cache = self.prefill(variables, history, key, settings)
-                held = len(history)
-            else:
-                if held == cache["key"].shape[2]:
-                    cache = grow(cache, self.bucket(held + 1))
-                token, cache = self._next(variables, cache, token, key, settings)
-                held += 1
-            value = int(token[0])
-            if value == end_id:
-                return
-            history.append(value)
-            yield value
+        for _, token in self.batch(
+            variables, [prompt], max_tokens=max_tokens, seeds=[seed], end_id=end_id, **settings
+        ):
+            yield token
 
-    def prefill(
+    def batch(
         self,
         variables: Variables,
-        tokens: Sequence[int],
-        key: jax.Array,
-        settings: Mapping[str, Any],
-    ) -> tuple[jax.Array, Any]:
-        """Reads a prompt: (the token drawn after it, a cache that holds it)."""
-        padded = np.zeros((1, self.bucket(len(tokens))), np.int32)
-        padded[0, : len(tokens)] = tokens
-        return self._prefill(
-            variables, padded, jnp.int32(len(tokens)), key, settings, length=padded.shape[1]
-        )
-
-    def bucket(self, length: int) -> int:
-        """The cache length that serves `length` tokens."""
-        size = SMALLEST_BUCKET
-        while size < length:
-            size *= 2
-        return min(size, self.model.max_length)
-
-    def _prefill_step(
-        self,
-        variables: Variables,
-        tokens_1T: jax.Array,
-        filled: jax.Array,
-        key: jax.Array,
-        settings: Mapping[str, Any],
+        prompts: Sequence[Sequence[int] | np.ndarray],
         *,
-        length: int,
-    ) -> tuple[jax.Array, Any]:
-        cache = self.model.init_cache(1, length)
-        output = self.model.apply(variables, tokens_1T, cache=cache)
-        last_1D = jax.lax.dynamic_index_in_dim(output.hidden_BTD, filled - 1, axis=1)
-        logits_1V = logits(last_1D, output.unembedding)[:, 0]
-        # What padding left in the cache lies behind `filled`: unseen, overwritten token by token.
-        return sample(logits_1V, key, **settings), {**output.cache, "length": filled}
+        max_tokens: int,
+        seeds: Sequence[int],
+        end_id: int | None = None,
+        done: set[int] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Iterator[tuple[int, int]]:
+        """Yields (row, token) as they come: each row's text as `tokens` would give it alone.
 
-    def _next_step(
+        It is the same but for rounding: products of other shapes add in another order.
+
+        Args:
+          done: rows that want no more; the caller may add to it meanwhile.
+        """
+        histories = [np.asarray(prompt, np.int32).reshape(-1).tolist() for prompt in prompts]
+        check_run(max_tokens=max_tokens, seeds=np.asarray(seeds, object))
+        how = Sampling(**settings).arrays()
+        for history in histories:
+            check_prompt(history, self.model.vocab_size)
+        done = set() if done is None else done
+        context = self.model.max_length
+        views = [history[-context:] for history in histories]
+        rows = _bucket(len(prompts), 1)
+        keys = _keys(np.pad(np.asarray(seeds, np.uint32), (0, rows - len(seeds))))
+        if not prompts or max_tokens == 0:
+            return
+        logits_BV, cache, seen_BV, held = self._start(variables, views, histories, rows, done)
+        token_B, seen_BV = self._draw(logits_BV, seen_BV, keys, how, np.int32(0))
+        for index in range(1, max_tokens + 1):
+            current_B, ahead = token_B, index < max_tokens and held < context
+            if ahead:  # the device goes on while this token is read
+                if held == cache["key"].shape[2]:
+                    cache = grow(cache, self.cache_size(held + 1))
+                logits_BV, cache = self._step(variables, cache, token_B)
+                token_B, seen_BV = self._draw(logits_BV, seen_BV, keys, how, np.int32(index))
+                held += 1
+            values = np.asarray(current_B).tolist()
+            for row, history in enumerate(histories):
+                if row in done:
+                    continue
+                if values[row] == end_id:
+                    done.add(row)
+                    continue
+                history.append(values[row])
+                views[row].append(values[row])
+                yield row, values[row]
+            if len(done) == len(prompts):
+                return
+            if not ahead and index < max_tokens:
+                half = max(context // 2, 1)
+                views = [view[-half:] if len(view) > context else view for view in views]
+                logits_BV, cache, seen_BV, held = self._start(
+                    variables, views, histories, rows, done
+                )
+                token_B, seen_BV = self._draw(logits_BV, seen_BV, keys, how, np.int32(index))
+
+    def read(
         self,
         variables: Variables,
-        cache: Any,
-        token_1: jax.Array,
-        key: jax.Array,
-        settings: Mapping[str, Any],
+        tokens_BT: jax.Array,
+        filled: jax.Array,
+        start_B: jax.Array | None,
+        *,
+        size: int,
     ) -> tuple[jax.Array, Any]:
-        output = self.model.apply(variables, token_1[:, None], cache=cache)
-        logits_1V = logits(output.hidden_BTD, output.unembedding)[:, -1]
-        return sample(logits_1V, key, **settings), output.cache
+        """The logits [B, V] after slot `filled - 1`, and a cache of `size` that holds the tokens.
 
-    def _check(self, prompt: np.ndarray) -> None:
-        if prompt.size == 0:
-            raise UserError("the prompt is empty: give at least one character to go on from.")
-        if prompt.max() >= self.model.vocab_size or prompt.min() < 0:
+        Row b begins at slot start_B[b]; None for rows that all begin at the first.
+        """
+        B, T = tokens_BT.shape
+        cache, positions_BT = self._model.init_cache(B, size), None
+        if start_B is not None:
+            own_BS = jnp.arange(size)[None] >= start_B[:, None]
+            cache = {**cache, "segments": own_BS.astype(jnp.int32), "start": start_B}
+            positions_BT = jnp.maximum(jnp.arange(T)[None] - start_B[:, None], 0)
+        output = self._model.apply(variables, tokens_BT, positions_BT=positions_BT, cache=cache)
+        last_B1D = jax.lax.dynamic_slice_in_dim(output.hidden_BTD, filled - 1, 1, axis=1)
+        # What padding left in the cache lies behind `filled`: unseen, overwritten token by token.
+        return logits(last_B1D, output.unembedding)[:, 0], {**output.cache, "length": filled}
+
+    def step(self, variables: Variables, cache: Any, token_B: jax.Array) -> tuple[jax.Array, Any]:
+        """The logits [B, V] after one more token a row, and the cache with it."""
+        positions_B1 = None
+        if "start" in cache:
+            positions_B1 = (cache["length"] - cache["start"])[:, None]
+        output = self._model.apply(
+            variables, token_B[:, None], positions_BT=positions_B1, cache=cache
+        )
+        return logits(output.hidden_BTD, output.unembedding)[:, -1], output.cache
+
+    def cache_size(self, length: int) -> int:
+        """The length of the cache that serves `length` tokens."""
+        return min(_bucket(length, self.smallest_cache), self.model.max_length)
+
+    def padded(self, tokens: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens_BT of a bucket's length, where rows begin): all end at the same slot."""
+        longest = max(map(len, tokens))
+        length = min(_bucket(longest, SMALLEST_PROMPT), self.model.max_length)
+        tokens_BT = np.zeros((rows, length), np.int32)
+        start_B = np.full(rows, longest - 1, np.int32)
+        for row, history in enumerate(tokens):
+            start_B[row] = longest - len(history)
+            tokens_BT[row, start_B[row] : longest] = history
+        return tokens_BT, start_B
+
+    @functools.cached_property
+    def _model(self) -> Decoder:
+        return unrolled(self.model) if sharding.platform() == "cpu" else self.model
+
+    def _start(
+        self,
+        variables: Variables,
+        views: list[list[int]],
+        histories: list[list[int]],
+        rows: int,
+        done: set[int],
+    ) -> tuple[jax.Array, Any, jax.Array, int]:
+        """Reads what rows see of their texts: (logits_BV, cache, seen_BV, slots filled)."""
+        open_views = [view[-1:] if row in done else view for row, view in enumerate(views)]
+        held = max(map(len, open_views))
+        tokens_BT, start_B = self.padded(open_views, rows)
+        logits_BV, cache = self._read(
+            variables,
+            tokens_BT,
+            np.int32(held),
+            start_B if rows > 1 else None,
+            size=max(self.cache_size(held), tokens_BT.shape[1]),
+        )
+        seen_BV = np.zeros((rows, self.model.vocab_size), bool)
+        for row, history in enumerate(histories):
+            seen_BV[row, history] = True
+        return logits_BV, cache, jnp.asarray(seen_BV), held
+
+    def _draw_step(
+        self,
+        logits_BV: jax.Array,
+        seen_BV: jax.Array,
+        keys_B: jax.Array,
+        how: Mapping[str, Any],
+        index: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """(the tokens drawn, what rows have seen with them)."""
+        logits_BV = logits_BV[:, : self.model.vocab_size]
+        logits_BV = penalised(logits_BV, seen_BV, how["repetition_penalty"])
+        token_B = sample(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, index), how)
+        return token_B, seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+    """Raises UserError for an empty prompt, or a token beyond the vocabulary."""
+    if not prompt:
+        raise UserError("the prompt is empty: give at least one character to go on from.")
+    for token in (max(prompt), min(prompt)):
+        if not 0 <= token < vocab_size:
             raise UserError(
-                f"the prompt holds token {prompt.max()}, "
-                f"beyond the vocabulary of {self.model.vocab_size}."
+                f"the prompt holds token {token}, beyond the vocabulary of {vocab_size}."
             )
 
 
@@ -140,8 +232,25 @@ class Decoding:
 def grow(cache: Mapping[str, Any], length: int) -> dict[str, Any]:
     """The same cache with room for `length` tokens."""
 
-    def wider(rows_LBSGK: jax.Array) -> jax.Array:
-        room = length - rows_LBSGK.shape[2]
-        return jnp.pad(rows_LBSGK, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
+    def wider(rows: jax.Array) -> jax.Array:
+        if rows.ndim < 2:
+            return rows
+        if rows.ndim == 2:  # segments_BS: new slots are for tokens of the row's own
+            return jnp.pad(rows, ((0, 0), (0, length - rows.shape[1])), constant_values=1)
+        room = length - rows.shape[2]  # rows_LBSGK
+        return jnp.pad(rows, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
 
-    return {name: wider(x) if x.ndim else x for name, x in cache.items()}
+    return {name: wider(x) for name, x in cache.items()}
+
+
+def _bucket(size: int, smallest: int) -> int:
+    """`smallest`, or what doubling makes of it until it is `size` or more."""
+    bucket = smallest
+    while bucket < size:
+        bucket *= 2
+    return bucket
+
+
+@jax.jit
+def _keys(seeds_B: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.key)(seeds_B)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
 from lmjax.annotations import shown
 from lmjax.config import build, from_dict
-from lmjax.core import Decoder, Tokenizer, Variables
-from lmjax.data.tokenizer import tokenizer_from_json
+from lmjax.core import Decoder, Variables
+from lmjax.data.tokenizer import TextTokenizer, tokenizer_from_json
 from lmjax.engine.checkpoint import Checkpoints
 from lmjax.errors import UserError
+from lmjax.generate.beam import BeamSearch
 from lmjax.generate.decode import Decoding
+from lmjax.generate.sample import Settings
+from lmjax.generate.text import TextStream
+from lmjax.generate.weights import FEW_ROWS, in_dtype, in_float32, product_dtype
 from lmjax.ops.losses import logits
+
+# What a call draws with where it does not say otherwise.
+DEFAULTS: Settings = {"temperature": 0.8, "top_k": 50}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +35,7 @@ class LanguageModel:
 
     model: Decoder
     variables: Variables
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     decoding: Decoding
     step: int
 
@@ -35,56 +44,150 @@ class LanguageModel:
         prompt: str,
         *,
         max_tokens: int = 200,
-        temperature: float = 0.8,
-        top_k: int = 50,
         seed: int = 0,
+        stop: Sequence[str] = (),
+        **settings: Unpack[Settings],
     ) -> str:
         """The prompt's continuation; see `stream`."""
-        return "".join(
-            self.stream(
-                prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
-            )
-        )
+        return "".join(self.stream(prompt, max_tokens=max_tokens, seed=seed, stop=stop, **settings))
 
     def stream(
         self,
         prompt: str,
         *,
         max_tokens: int = 200,
-        temperature: float = 0.8,
-        top_k: int = 50,
         seed: int = 0,
+        stop: Sequence[str] = (),
+        **settings: Unpack[Settings],
     ) -> Iterator[str]:
-        """Yields the continuation piece by piece, until `max_tokens` or the end of a document.
+        """Yields the continuation piece by piece.
+
+        It ends after `max_tokens`, with the document, or before the first of the stop strings.
 
         Args:
-          temperature: 0 always takes the likeliest token.
-          top_k: only so many of the likeliest tokens are drawn from; 0 for all.
+          seed: the same seed gives the same text, whatever it is generated beside.
+          settings: temperature (0.8), top_k (50), top_p, min_p, repetition_penalty, see
+            `sample.Sampling`.
         """
+        ids = self.tokenizer.encode_prompt(prompt)
+        text = TextStream(self.tokenizer, ids, stop=stop)
+        drawing: Settings = {**DEFAULTS, **settings}
         tokens = self.decoding.tokens(
-            self.variables,
-            self.tokenizer.encode(prompt),
+            self._weights(1),
+            ids,
             max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
             seed=seed,
-            end_id=getattr(self.tokenizer, "end_id", None),
+            end_id=self._end_id,
+            **drawing,
         )
-        said, ids = "", []
         for token in tokens:
-            ids.append(token)
-            text = self.tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-                yield text[len(said) :]
-                said = text
-        if ids and (text := self.tokenizer.decode(ids)) != said:
-            yield text[len(said) :]
+            if piece := text.push(token):
+                yield piece
+            if text.stopped:
+                return
+        if piece := text.end():
+            yield piece
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 200,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (),
+        **settings: Unpack[Settings],
+    ) -> list[str]:
+        """The continuation of each prompt, decoded together: the text that it would have alone.
+
+        Args:
+          seed: one for all prompts, or one for each.
+          stop, settings: see `stream`.
+        """
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each.")
+        ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        texts = [TextStream(self.tokenizer, prompt, stop=stop) for prompt in ids]
+        done: set[int] = set()
+        drawing: Settings = {**DEFAULTS, **settings}
+        for row, token in self.decoding.batch(
+            self._weights(len(prompts)),
+            ids,
+            max_tokens=max_tokens,
+            seeds=seeds,
+            end_id=self._end_id,
+            done=done,
+            **drawing,
+        ):
+            texts[row].push(token)
+            if texts[row].stopped:
+                done.add(row)
+        for text in texts:
+            text.end()
+        return [text.text for text in texts]
+
+    def search(
+        self,
+        prompt: str,
+        *,
+        num_beams: int = 4,
+        max_tokens: int = 200,
+        length_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+    ) -> list[tuple[str, float]]:
+        """Likely continuations found by beam search with their scores, best first.
+
+        See `beam.BeamSearch`; a stop string ends a text as the document's end does.
+        """
+        ids = self.tokenizer.encode_prompt(prompt)
+
+        def read(tokens: Sequence[int]) -> TextStream:
+            text = TextStream(self.tokenizer, ids, stop=stop)
+            for token in tokens:
+                text.push(token)
+            return text
+
+        found = self._beam_search.search(
+            self._weights(num_beams),
+            ids,
+            num_beams=num_beams,
+            max_tokens=max_tokens,
+            length_penalty=length_penalty,
+            end_id=self._end_id,
+            ended=(lambda tokens: read(tokens).stopped) if stop else None,
+        )
+        texts = [read(one.tokens) for one in found]
+        for text in texts:
+            text.end()
+        return [(text.text, one.score) for text, one in zip(texts, found, strict=True)]
 
     def logits(self, text: str) -> jax.Array:
         """The logits after each token of a text, [T, V]; row t is of the token after token t."""
         tokens_1T = jnp.asarray(self.tokenizer.encode(text))[None]
         output = self.model.apply(self.variables, tokens_1T)
         return logits(output.hidden_BTD, output.unembedding)[0]
+
+    @property
+    def _end_id(self) -> int | None:
+        return getattr(self.tokenizer, "end_id", None)
+
+    def _weights(self, rows: int) -> Variables:
+        """The weights in the dtype in which a step of so many rows reads them fastest."""
+        if jax.default_backend() == "cpu" and rows < FEW_ROWS:
+            return self._wide
+        return self._narrow
+
+    @functools.cached_property
+    def _wide(self) -> Variables:
+        return in_float32(self.variables)
+
+    @functools.cached_property
+    def _narrow(self) -> Variables:
+        return in_dtype(self.variables, product_dtype(self.model))
+
+    @functools.cached_property
+    def _beam_search(self) -> BeamSearch:
+        return BeamSearch(self.decoding)
 
 
 def load(workdir: str | Path, *, step: int | None = None) -> LanguageModel:

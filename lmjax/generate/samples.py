@@ -11,7 +11,7 @@ import numpy as np
 from lmjax.core import Dataset, Decoder, Session, Task
 from lmjax.errors import UserError
 from lmjax.generate.decode import Decoding
-from lmjax.generate.sample import check_settings
+from lmjax.generate.sample import Sampling, check_run
 
 NUM_PROMPT_TOKENS = 16
 
@@ -35,12 +35,8 @@ class Samples:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UserError(f"max_tokens is {self.max_tokens}: give at least 1.")
-        check_settings(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            seed=self.seed,
-        )
+        check_run(max_tokens=self.max_tokens, seeds=self.seed)
+        Sampling(temperature=self.temperature, top_k=self.top_k)
 
     def check(self, task: Task, data: Dataset, *, ways: int) -> None:
         """The prompt must be spelled in the data's vocabulary."""

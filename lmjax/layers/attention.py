@@ -7,6 +7,8 @@ L layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,6 +36,14 @@ class Attention(nn.Module):
       dropout: rate on the attention probabilities.
       rope: rotates queries and keys by their positions; None where positions are told otherwise.
       first_layer: where this stack's layers begin in the cache, if others come before it.
+      out_bias: whether the output projection has a bias; as `use_bias` where not given.
+      q_norm, k_norm: normalise each head's queries and keys before they are rotated (Dehghani et
+        al., arXiv:2302.05442, section 2).
+      window: a token sees so many, itself the last (Mistral, arXiv:2310.06825, section 2).
+      window_layers: which layers of the stack have the window; all where not given.
+      window_rope: the rotation of those layers; `rope` where not given.
+      softcap: bound of the scores (Gemma 2, arXiv:2408.00118, section 2).
+      query_scale: factor of the scores in the place of 1/sqrt(K).
     """
 
     dim: int
@@ -47,6 +57,14 @@ class Attention(nn.Module):
     rope: Rope | None = None
     first_layer: int = 0
     dtype: str = "float32"
+    out_bias: bool | None = None
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+    window: int | None = None
+    window_layers: tuple[bool, ...] | None = None
+    window_rope: Rope | None = None
+    softcap: float | None = None
+    query_scale: float | None = None
 
     @nn.compact
     def __call__(
@@ -61,7 +79,8 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """Attends within x, and to what the cache of this layer holds; returns (y_BTD, cache).
 
-        `positions_BT` count from 0, and on from the cache, where they are not given.
+        `positions_BT` count from 0, and on from the cache, where they are not given. Segments of
+        cached tokens are those of the cache, `segments` [B, S], if it has any.
         """
         B, T, _ = x_BTD.shape
         G, R, K = self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim
@@ -76,23 +95,36 @@ class Attention(nn.Module):
         q_BTHK = qkv_BTGRK[:, :, :, :R].reshape(B, T, G * R, K)
         k_BTGK, v_BTGK = qkv_BTGRK[:, :, :, R], qkv_BTGRK[:, :, :, R + 1]
         q_BTHK = shard(q_BTHK, "batch", "length", "act_heads", None)
+        if self.q_norm is not None:
+            q_BTHK = self.q_norm(q_BTHK)
+        if self.k_norm is not None:
+            k_BTGK = self.k_norm(k_BTGK)
+        window, windowed = self._window(layer)
         if self.rope is not None:
             if positions_BT is None:
                 positions_BT = ((0 if cache is None else cache["length"]) + jnp.arange(T))[None]
-            q_BTHK = rotate(q_BTHK, positions_BT, self.rope)
-            k_BTGK = rotate(k_BTGK, positions_BT, self.rope)
+            turn = self._rotation(self.rope, window, windowed)
+            q_BTHK, k_BTGK = turn(q_BTHK, positions_BT), turn(k_BTGK, positions_BT)
+        if self.query_scale is not None:
+            q_BTHK *= self.query_scale * math.sqrt(K)
+        see = partial(
+            attention,
+            causal=True,
+            window=window,
+            windowed=windowed,
+            softcap=self.softcap,
+            dtype=self.dtype,
+        )
         if cache is None:
             use_dropout = train and self.dropout > 0
-            y_BTHK = attention(
+            y_BTHK = see(
                 q_BTHK,
                 shard(k_BTGK, "batch", "length", "act_kv_heads", None),
                 shard(v_BTGK, "batch", "length", "act_kv_heads", None),
-                causal=True,
                 segments_q_BT=segments_BT,
                 segments_kv_BS=segments_BT,
                 dropout_rate=self.dropout if use_dropout else 0.0,
                 dropout_rng=self.make_rng("dropout") if use_dropout else None,
-                dtype=self.dtype,
             )
         else:
             assert layer is not None  # a cache holds all layers: which one is this?
@@ -106,19 +138,46 @@ class Attention(nn.Module):
                 )
             k_BSGK = jax.lax.dynamic_index_in_dim(cache["key"], layer, keepdims=False)
             v_BSGK = jax.lax.dynamic_index_in_dim(cache["value"], layer, keepdims=False)
-            y_BTHK = attention(
-                q_BTHK, k_BSGK, v_BSGK, causal=True, q_offset=offset, dtype=self.dtype
+            segments_BT, segments_BS = None, cache.get("segments")
+            if segments_BS is not None:  # rows of unequal prompts: what pads them is another one
+                segments_BT = jax.lax.dynamic_slice_in_dim(segments_BS, offset, T, axis=1)
+            y_BTHK = see(
+                q_BTHK,
+                k_BSGK,
+                v_BSGK,
+                q_offset=offset,
+                segments_q_BT=segments_BT,
+                segments_kv_BS=segments_BS,
             )
         y_BTD = Linear(
             features=(self.dim,),
             axes=("heads", "head_dim", "embed"),
             in_dims=2,
-            use_bias=self.use_bias,
+            use_bias=self.use_bias if self.out_bias is None else self.out_bias,
             init_std=self.out_std,
             dtype=self.dtype,
             name="out",
         )(named(y_BTHK, "attention"))
         return y_BTD, cache
+
+    def _window(self, layer: jax.Array | None) -> tuple[int | None, jax.Array | None]:
+        """(the window, whether it holds in this layer if that differs between layers)."""
+        if self.window is None or self.window_layers is None or all(self.window_layers):
+            return self.window, None
+        if not any(self.window_layers):
+            return None, None
+        assert layer is not None  # layers differ: which one is this?
+        return self.window, jnp.asarray(self.window_layers)[layer]
+
+    def _rotation(
+        self, rope: Rope, window: int | None, windowed: jax.Array | None
+    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """The rotation of this layer's queries and keys by their positions."""
+        if window is None or self.window_rope is None:
+            return partial(rotate, rope=rope)
+        if windowed is None:
+            return partial(rotate, rope=self.window_rope)
+        return partial(rotate, rope=rope, other=self.window_rope, use_other=windowed)
 
     def init_cache(self, num_layers: int, batch_size: int, length: int) -> dict[str, jax.Array]:
         """Room for `length` tokens of all layers; `length` in it counts those that it holds."""
@@ -131,11 +190,21 @@ class Attention(nn.Module):
         }
 
     def flop_per_token(self, length: int) -> tuple[float, float]:
-        """FLOP of one token's forward pass, the mean over a context of `length`: (causal, full)."""
+        """FLOP of one token's forward pass, the mean over a context of `length`: (causal, full).
+
+        In layers with a window the full one counts as many keys for each token as the last one
+        sees, and in a stack of unlike layers it is their mean.
+        """
         inner = self.num_heads * self.head_dim
         kernels = self.dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        scores = 4.0 * inner * length
-        return 2.0 * kernels + scores * (length + 1) / (2 * length), 2.0 * kernels + scores
+        near = min(self.window or length, length)
+        layers = self.window_layers or (True,)
+        share = sum(layers) / len(layers)  # of layers that have the window
+        # Of `length` tokens the first `near` see one more each, and the others `near`.
+        seen = near * (near + 1) / 2 + (length - near) * near
+        causal = share * seen / length + (1 - share) * (length + 1) / 2
+        full = share * near + (1 - share) * length
+        return 2.0 * kernels + 4.0 * inner * causal, 2.0 * kernels + 4.0 * inner * full
 
 
 def residual_std(init_std: float, num_layers: int) -> float:

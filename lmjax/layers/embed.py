@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from lmjax import sharding
@@ -17,6 +18,10 @@ class Embed(nn.Module):
     Source: Press & Wolf, "Using the Output Embedding to Improve Language Models", arXiv:1608.05859.
     The table has `vocab_size` rows, rounded up to `vocab_multiple`; the padding is never read as a
     token and never given probability (`Unembedding`).
+
+    Args:
+      scale: factor on the vectors that are looked up, not on the tied output layer.
+      softcap: of the tied output layer, see `Unembedding`.
     """
 
     vocab_size: int
@@ -24,6 +29,8 @@ class Embed(nn.Module):
     vocab_multiple: int = 1
     init_std: float = 0.02
     dtype: str = "float32"
+    scale: float = 1.0
+    softcap: float | None = None
 
     @property
     def num_rows(self) -> int:
@@ -38,11 +45,13 @@ class Embed(nn.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Shapes: [B, T] -> [B, T, D]."""
-        return lookup(self.table_VD, tokens_BT, rows="vocab", dtype=activation_dtype(self.dtype))
+        dtype = activation_dtype(self.dtype)
+        x_BTD = lookup(self.table_VD, tokens_BT, rows="vocab", dtype=dtype)
+        return x_BTD if self.scale == 1.0 else x_BTD * jnp.asarray(self.scale, dtype)
 
     def unembedding(self) -> Unembedding:
         """The tied output layer."""
-        return Unembedding(self.table_VD, self.vocab_size, self.dtype)
+        return Unembedding(self.table_VD, self.vocab_size, self.dtype, self.softcap)
 
 
 class Unembed(nn.Module):
@@ -50,6 +59,9 @@ class Unembed(nn.Module):
 
     The table has `vocab_size` rows, rounded up to `vocab_multiple`; the padding is never given
     probability (`Unembedding`).
+
+    Args:
+      softcap: see `Unembedding`.
     """
 
     vocab_size: int
@@ -57,6 +69,7 @@ class Unembed(nn.Module):
     vocab_multiple: int = 1
     init_std: float = 0.02
     dtype: str = "float32"
+    softcap: float | None = None
 
     @property
     def num_rows(self) -> int:
@@ -69,7 +82,7 @@ class Unembed(nn.Module):
         init = nn.initializers.normal(self.init_std)
         shape, axes = (self.num_rows, self.dim), ("vocab", "embed")
         table_VD = sharding.param(self, "table", init, shape, axes)
-        return Unembedding(table_VD, self.vocab_size, self.dtype)
+        return Unembedding(table_VD, self.vocab_size, self.dtype, self.softcap)
 
 
 class LearnedPositions(nn.Module):

@@ -69,29 +69,64 @@ class SwiGlu(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
         """Returns (y_BTD, {}): a dense MLP has nothing beside its output to report."""
-        gate_BTF, up_BTF = (
-            Linear(
-                features=(self.hidden,),
-                axes=("embed", "mlp"),
-                use_bias=False,
-                init_std=self.init_std,
-                dtype=self.dtype,
-                name=name,
-            )(x_BTD)
-            for name in ("gate", "up")
-        )
-        gate_BTF = shard(gate_BTF, "batch", "length", "act_mlp")
-        up_BTF = shard(up_BTF, "batch", "length", "act_mlp")
-        y_BTD = Linear(
-            features=(self.dim,),
-            axes=("mlp", "embed"),
-            use_bias=False,
-            init_std=self.out_std,
-            dtype=self.dtype,
-            name="down",
-        )(swiglu(gate_BTF, up_BTF, dtype=self.dtype))
-        return y_BTD, {}
+        gate_BTF, up_BTF = _gate_and_up(self, x_BTD)
+        return _down(self, swiglu(gate_BTF, up_BTF, dtype=self.dtype)), {}
 
     def flop_per_token(self) -> float:
         """FLOP of one token's forward pass."""
         return 6.0 * self.dim * self.hidden
+
+
+class GeGlu(nn.Module):
+    """(gelu(x W1) * x W2) W3, without biases; GELU in its tanh form.
+
+    Source: Shazeer, arXiv:2002.05202, equation 6.
+
+    Args:
+      out_std: standard deviation of the initialisation of W3.
+    """
+
+    dim: int
+    hidden: int
+    init_std: float = 0.02
+    out_std: float = 0.02
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
+        """Returns (y_BTD, {}): a dense MLP has nothing beside its output to report."""
+        gate_BTF, up_BTF = _gate_and_up(self, x_BTD)
+        return _down(self, gelu(gate_BTF, dtype=self.dtype) * up_BTF), {}
+
+    def flop_per_token(self) -> float:
+        """FLOP of one token's forward pass."""
+        return 6.0 * self.dim * self.hidden
+
+
+def _gate_and_up(mlp: SwiGlu | GeGlu, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two products into the hidden units, called within the module's compact method."""
+    gate_BTF, up_BTF = (
+        Linear(
+            features=(mlp.hidden,),
+            axes=("embed", "mlp"),
+            use_bias=False,
+            init_std=mlp.init_std,
+            dtype=mlp.dtype,
+            name=name,
+        )(x_BTD)
+        for name in ("gate", "up")
+    )
+    gate_BTF = shard(gate_BTF, "batch", "length", "act_mlp")
+    return gate_BTF, shard(up_BTF, "batch", "length", "act_mlp")
+
+
+def _down(mlp: SwiGlu | GeGlu, h_BTF: jax.Array) -> jax.Array:
+    """The product out of the hidden units, likewise."""
+    return Linear(
+        features=(mlp.dim,),
+        axes=("mlp", "embed"),
+        use_bias=False,
+        init_std=mlp.out_std,
+        dtype=mlp.dtype,
+        name="down",
+    )(h_BTF)

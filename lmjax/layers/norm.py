@@ -32,13 +32,19 @@ class RMSNorm(nn.Module):
     """Division by the root mean square of the last axis, statistics in float32, then a scale.
 
     Source: Zhang & Sennrich, arXiv:1910.07467, equation 4. The scale starts at 1.
+
+    Args:
+      offset: what the scale has beside the parameter, which is then its distance from that: 1 in
+        Gemma, where decay so pulls scales to 1.
     """
 
     epsilon: float = 1e-5
     dtype: str = "float32"
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Shapes: [B, T, D] -> [B, T, D]."""
-        scale = sharding.param(self, "scale", nn.initializers.ones, x_BTD.shape[-1:], ("norm",))
-        return rms_norm(x_BTD, scale, epsilon=self.epsilon, dtype=self.dtype)
+        """Shapes: [..., D] -> [..., D]."""
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = sharding.param(self, "scale", init, x_BTD.shape[-1:], ("norm",))
+        return rms_norm(x_BTD, self.offset + scale, epsilon=self.epsilon, dtype=self.dtype)

@@ -23,6 +23,9 @@ from lmjax.sharding import shard
 class Block(nn.Module):
     """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), dropout on both branches.
 
+    What a branch adds may be normalised once more (`attention_post_norm`, `mlp_post_norm`), as in
+    Gemma 2, arXiv:2408.00118, section 2.
+
     What lies between the products, norms and residual stream, is split along the length over
     `tensor` too; the products gather and scatter it (Korthikanti et al., arXiv:2205.05198, section
     4.2.2).
@@ -33,6 +36,8 @@ class Block(nn.Module):
     mlp_norm: nn.Module
     mlp: nn.Module
     dropout: float = 0.0
+    attention_post_norm: nn.Module | None = None
+    mlp_post_norm: nn.Module | None = None
 
     @nn.compact
     def __call__(
@@ -55,10 +60,17 @@ class Block(nn.Module):
             layer=layer,
             train=train,
         )
-        x_BTD += Dropout(self.dropout)(_split(y_BTD), train=train)
+        x_BTD += self._branch(y_BTD, self.attention_post_norm, train)
         y_BTD, aux = self.mlp(_split(self.mlp_norm(x_BTD)))
-        x_BTD += Dropout(self.dropout)(_split(y_BTD), train=train)
+        x_BTD += self._branch(y_BTD, self.mlp_post_norm, train)
         return _split(x_BTD), cache, aux
+
+    def _branch(self, y_BTD: jax.Array, norm: nn.Module | None, train: bool) -> jax.Array:
+        """What a branch adds to the residual stream."""
+        y_BTD = _split(y_BTD)
+        if norm is not None:
+            y_BTD = _split(norm(y_BTD))
+        return Dropout(self.dropout)(y_BTD, train=train)
 
     def flop_per_token(self, length: int) -> tuple[float, float]:
         """FLOP of one token's forward pass: (causal attention, full attention)."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from flax import linen as nn
@@ -30,7 +31,7 @@ from lmjax.layers.mlp import SwiGlu
 from lmjax.layers.norm import RMSNorm
 from lmjax.layers.transformer import Block, Remat, Stack
 from lmjax.models.decoder import DecoderLM, Stacks, check_heads, check_sizes
-from lmjax.ops.rope import Rope, RopeScaling, frequencies
+from lmjax.ops.rope import Rope, RopeScaling, Scaling, frequencies
 
 Dtype = Literal["float32", "bfloat16"]
 INIT_STD = 0.02
@@ -64,6 +65,57 @@ LLAMA3_SIZES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Departures:
+    """What the blocks of another family have that Llama's have not.
+
+    Args:
+      qkv_bias: queries, keys and values have biases.
+      qk_norm: RMSNorm of each head's queries and keys, before they are rotated.
+      window: a token sees so many, itself the last.
+      window_layers: for each layer whether it has the window; all have it where not given.
+      window_rope: the rotation of those layers, if it is another.
+      query_scale: factor of the attention scores; 1 / sqrt(head_dim) where not given.
+      attention_softcap: bound of the scores.
+      logit_softcap: bound of the logits.
+      post_norms: what attention and MLP add to the residual stream is normalised too.
+      norm_offset: what all norms' scales have beside the parameter.
+      embed_scale: factor of the token vectors.
+    """
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    window_layers: tuple[bool, ...] | None = None
+    window_rope: Rope | None = None
+    query_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    embed_scale: float = 1.0
+
+    def check(self, num_layers: int) -> None:
+        """Raises UserError for what cannot work in a model of so many layers."""
+        if self.window is not None:
+            check_sizes(window=self.window)
+        layers = self.window_layers
+        if layers is not None and len(layers) != num_layers:
+            raise UserError(
+                f"window_layers speaks of {len(layers)} layers, and num_layers is {num_layers}: "
+                "give one truth value for each layer."
+            )
+        if layers is not None and any(layers) and self.window is None:
+            raise UserError("window_layers gives layers a window, and window is None: set it.")
+        for name in ("query_scale", "attention_softcap", "logit_softcap", "embed_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} is {value}: must be positive and finite.")
+
+
+LLAMA = Departures()
+
+
 def llama(
     *,
     num_layers: int,
@@ -75,7 +127,7 @@ def llama(
     head_dim: int | None = None,
     hidden: int | None = None,
     rope_theta: float = 10_000.0,
-    rope_scaling: RopeScaling | None = None,
+    rope_scaling: Scaling | None = None,
     tied: bool = False,
     epsilon: float = 1e-5,
     vocab_multiple: int = 1,
@@ -90,7 +142,7 @@ def llama(
       head_dim: dim / num_heads where not given.
       hidden: hidden units of the MLP; where not given 8/3 dim, rounded up to a multiple of 256.
       rope_theta: base of the rotary frequencies.
-      rope_scaling: Llama 3.1's change of them.
+      rope_scaling: a change of them for longer contexts, see `ops.rope`.
       tied: the output layer is the token embedding.
       epsilon: of the norms.
       vocab_multiple: the tables of the vocabulary are padded to a multiple of it.
@@ -136,10 +188,11 @@ def rotary_decoder(
     dtype: Dtype,
     remat: Remat,
     unroll: int,
+    departures: Departures = LLAMA,
 ) -> DecoderLM:
     """RMSNorm, rotary grouped-query attention and the given MLPs: (how many layers, their MLP).
 
-    For the arguments see `llama`; raises UserError for sizes that cannot work.
+    For the other arguments see `llama`; raises UserError for sizes that cannot work.
     """
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     check_sizes(
@@ -163,11 +216,16 @@ def rotary_decoder(
         check_heads(dim, num_heads)
         head_dim = dim // num_heads
     frequencies(rope, head_dim)  # refuses an odd head_dim
-    out_std = residual_std(INIT_STD, sum(count for count, _ in layers))
+    num_layers = sum(count for count, _ in layers)
+    departures.check(num_layers)
+    out_std = residual_std(INIT_STD, num_layers)
+    norm = partial(RMSNorm, epsilon, dtype, departures.norm_offset)
     stacks: list[Stack] = []
     for count, mlp in layers:
+        first = sum(stack.num_layers for stack in stacks)
+        windows = departures.window_layers
         block = Block(
-            attention_norm=RMSNorm(epsilon, dtype),
+            attention_norm=norm(),
             attention=Attention(
                 dim=dim,
                 num_heads=num_heads,
@@ -175,22 +233,34 @@ def rotary_decoder(
                 head_dim=head_dim,
                 init_std=INIT_STD,
                 out_std=out_std,
-                use_bias=False,
+                use_bias=departures.qkv_bias,
+                out_bias=False,
                 rope=rope,
-                first_layer=sum(stack.num_layers for stack in stacks),
+                first_layer=first,
                 dtype=dtype,
+                q_norm=norm() if departures.qk_norm else None,
+                k_norm=norm() if departures.qk_norm else None,
+                window=departures.window,
+                window_layers=None if windows is None else windows[first : first + count],
+                window_rope=departures.window_rope,
+                softcap=departures.attention_softcap,
+                query_scale=departures.query_scale,
             ),
-            mlp_norm=RMSNorm(epsilon, dtype),
+            mlp_norm=norm(),
             mlp=mlp,
+            attention_post_norm=norm() if departures.post_norms else None,
+            mlp_post_norm=norm() if departures.post_norms else None,
         )
         stacks.append(Stack(block=block, num_layers=count, remat=remat, unroll=unroll))
+    table = (vocab_size, dim, vocab_multiple, INIT_STD, dtype)
+    cap = departures.logit_softcap
     return DecoderLM(
-        embed=Embed(vocab_size, dim, vocab_multiple, INIT_STD, dtype),
+        embed=Embed(*table, departures.embed_scale, cap),
         positions=None,
         blocks=stacks[0] if len(stacks) == 1 else Stacks(tuple(stacks)),
-        norm=RMSNorm(epsilon, dtype),
+        norm=norm(),
         max_length=max_length,
-        unembed=None if tied else Unembed(vocab_size, dim, vocab_multiple, INIT_STD, dtype),
+        unembed=None if tied else Unembed(*table, cap),
     )
 
 

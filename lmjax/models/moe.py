@@ -1,7 +1,8 @@
-"""Mixtures of experts: Mixtral and a model of DeepSeek-V3's shape.
+"""Mixtures of experts: Mixtral, those of Qwen 3 and a model of DeepSeek-V3's shape.
 
 Sources: Jiang et al., "Mixtral of Experts", arXiv:2401.04088, table 1; DeepSeek-AI, "DeepSeek-V3
-Technical Report", arXiv:2412.19437, section 4.2.
+Technical Report", arXiv:2412.19437, section 4.2; Qwen Team, "Qwen3 Technical Report",
+arXiv:2505.09388, table 2.
 
 Departures:
   - DeepSeek-V3 attends through a latent vector (MLA), with 187 M parameters a layer; `671b` has
@@ -25,7 +26,7 @@ from lmjax.layers.mlp import SwiGlu
 from lmjax.layers.moe import Moe, Routing, Scores
 from lmjax.layers.transformer import Remat
 from lmjax.models.decoder import DecoderLM, check_sizes
-from lmjax.models.llama import INIT_STD, Dtype, rotary_decoder
+from lmjax.models.llama import INIT_STD, Departures, Dtype, rotary_decoder
 from lmjax.ops.rope import Rope
 
 
@@ -50,6 +51,7 @@ def moe(
     head_dim: int | None = None,
     rope_theta: float = 10_000.0,
     epsilon: float = 1e-5,
+    qk_norm: bool = False,
     vocab_multiple: int = 1,
     dtype: Dtype = "float32",
     remat: Remat = "none",
@@ -66,6 +68,7 @@ def moe(
       num_dense_layers: layers at the start whose MLP is dense.
       dense_hidden: hidden units of those MLPs.
       scores, scale, routing, capacity_factor: see `Moe`.
+      qk_norm: each head's queries and keys are normalised, as in Qwen 3.
 
     For the others see `llama`.
     """
@@ -129,6 +132,7 @@ def moe(
         dtype=dtype,
         remat=remat,
         unroll=unroll,
+        departures=Departures(qk_norm=qk_norm),
     )
 
 
@@ -151,6 +155,7 @@ class Size:
     scale: float = 1.0
     rope_theta: float = 10_000.0
     epsilon: float = 1e-5
+    qk_norm: bool = False
 
 
 SIZES = {
@@ -175,6 +180,32 @@ SIZES = {
         experts_per_token=2,
         expert_hidden=14336,
         rope_theta=1e6,
+    ),
+    "30b-a3b": Size(
+        num_layers=48,
+        dim=2048,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        num_experts=128,
+        experts_per_token=8,
+        expert_hidden=768,
+        rope_theta=1e6,
+        epsilon=1e-6,
+        qk_norm=True,
+    ),
+    "235b-a22b": Size(
+        num_layers=94,
+        dim=4096,
+        num_heads=64,
+        num_kv_heads=4,
+        head_dim=128,
+        num_experts=128,
+        experts_per_token=8,
+        expert_hidden=1536,
+        rope_theta=1e6,
+        epsilon=1e-6,
+        qk_norm=True,
     ),
     "671b": Size(
         num_layers=61,
@@ -219,10 +250,11 @@ def moe_preset(
     remat: Remat = "none",
     unroll: int = 1,
 ) -> DecoderLM:
-    """Mixtral 8x7B (46,702,792,704 parameters), and DeepSeek-V3's shape.
+    """Mixtral 8x7B (46,702,792,704 parameters), Qwen 3's mixtures, and DeepSeek-V3's shape.
 
-    The latter, 671b, has 671,254,148,096 with that model's vocabulary of 129,280 tokens.
-    Numbers that are given stand in the place of the preset's.
+    Qwen 3 30B-A3B has 30,532,122,624 and 235B-A22B 235,093,634,560 with those models' vocabulary of
+    151,936 tokens, 671b 671,254,148,096 with DeepSeek-V3's of 129,280. Numbers that are given stand
+    in the place of the preset's.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     if given.pop("size") not in SIZES:

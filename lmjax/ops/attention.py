@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ def attention(
     segments_kv_BS: jax.Array | None = None,
     q_offset: jax.Array | int = 0,
     kv_length: jax.Array | int | None = None,
+    window: int | None = None,
+    windowed: jax.Array | None = None,
+    softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
     dtype: str = "float32",
@@ -39,10 +42,14 @@ def attention(
     """softmax(q k^T / sqrt(K) + mask) v, as out_BTHK; a query that sees no key gets zeros.
 
     Source: Vaswani et al., arXiv:1706.03762, equation 1; grouped heads: Ainslie et al.,
-    arXiv:2305.13245. Dropout falls on the probabilities.
+    arXiv:2305.13245; windows: Mistral, arXiv:2310.06825, section 2; soft-caps: Gemma 2,
+    arXiv:2408.00118, section 2. Dropout falls on the probabilities.
 
     Args:
       causal: query i sees keys j <= q_offset + i only.
+      window: it sees keys j > q_offset + i - window only; needs `causal`.
+      windowed: a bool on the device, for layers in a loop: whether the window holds.
+      softcap: scores s become softcap * tanh(s / softcap) before the softmax.
       q_offset: index among the keys of the first query, a scalar or one per row; in decoding, how
         many tokens the cache held before these. Slots after the last query are thus unseen.
       segments_q_BT, segments_kv_BS: a query sees keys of its own segment only; give both. The
@@ -51,7 +58,7 @@ def attention(
       implementation: "auto" takes, for queries and keys of the same positions, the ring over the
         mesh axis `context` where it has more than one device, the splash kernel on a TPU (no
         dropout, 128 tokens or more) and cuDNN's flash attention on a GPU (bf16 or fp16, no
-        dropout); else our own gradient on a CPU, and plain XLA elsewhere.
+        dropout or soft-cap); else our own gradient on a CPU (no soft-cap), and plain XLA elsewhere.
 
     Raises:
       UserError: for dropout where `context` splits the sequence (its mask must not depend on the
@@ -60,34 +67,60 @@ def attention(
     """
     if (segments_q_BT is None) != (segments_kv_BS is None):
         raise ValueError("segments of queries and of keys go together: give both or neither")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"a window of {window} tokens, causal={causal}: want at least 1, and True")
     H, G = q_BTHK.shape[2], k_BSGK.shape[2]
     if H % G:
         raise ValueError(f"{H} query heads are no multiple of {G} key-value heads")
     out_dtype, operand = activation_dtype(dtype), jnp.dtype(dtype)
     aligned = isinstance(q_offset, int) and q_offset == 0
     if implementation == "auto":
-        implementation = _choose(q_BTHK, k_BSGK, aligned, dropout_rate, dtype)
+        implementation = _choose(q_BTHK, k_BSGK, aligned, dropout_rate, softcap, dtype)
     q, k, v = q_BTHK, k_BSGK, v_BSGK
     if implementation in ("cudnn", "splash", "ring"):
-        _check_kernel(implementation, q, k, aligned, dropout_rate)
+        _check_kernel(implementation, q, k, aligned, dropout_rate, softcap)
         segments = _segments(q, k, segments_q_BT, segments_kv_BS, kv_length)
         if implementation == "ring":
             return attention_ring.attention(
-                q, k, v, causal=causal, segments=segments, operand=operand, out_dtype=out_dtype
+                q,
+                k,
+                v,
+                causal=causal,
+                segments=segments,
+                window=window,
+                windowed=windowed,
+                softcap=softcap,
+                operand=operand,
+                out_dtype=out_dtype,
             )
+        options: dict[str, Any] = {"causal": causal, "segments": segments, "operand": operand}
+        if implementation == "splash":
+            options["softcap"] = softcap
         flash = _attention_cudnn if implementation == "cudnn" else attention_tpu.attention
-        out_BTHK = flash(q, k, v, causal=causal, segments=segments, operand=operand)
-        return _zero_unseeing(out_BTHK, segments, causal).astype(out_dtype)
+        if window is None or windowed is None:
+            out_BTHK = flash(q, k, v, window=window, **options)
+        else:  # a kernel's window is known when it is compiled
+            out_BTHK = jax.lax.cond(
+                windowed,
+                lambda q, k, v: flash(q, k, v, window=window, **options),
+                lambda q, k, v: flash(q, k, v, window=None, **options),
+                *(q, k, v),
+            )
+        out_BTHK = _zero_unseeing(out_BTHK, k, segments, causal, window, windowed)
+        return out_BTHK.astype(out_dtype)
     if implementation != "xla":
         raise ValueError(
             f"implementation is {implementation!r}: 'auto', 'xla', 'cudnn', 'splash' or 'ring'"
         )
-    mask_BTS = _mask(q, k, causal, segments_q_BT, segments_kv_BS, q_offset, kv_length)
+    segments = ()
+    if segments_q_BT is not None and segments_kv_BS is not None:
+        segments = segments_q_BT, segments_kv_BS
+    mask_BTS = _mask(q, k, causal, segments, q_offset, kv_length, window, windowed)
     keep_BHTS, keep_scale = None, 1.0
     if dropout_rate:
         shape = (q.shape[0], H, q.shape[1], k.shape[1])
         keep_BHTS, keep_scale = dropout_mask(dropout_rng, shape, dropout_rate)
-    on_cpu = sharding.platform() == "cpu" and q.shape[1] > 1
+    on_cpu = sharding.platform() == "cpu" and q.shape[1] > 1 and softcap is None
     triangular = causal and aligned and q.shape[1] == k.shape[1]
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array) -> jax.Array:
@@ -95,7 +128,8 @@ def attention(
         mask = None if mask_BTS is None else next(rest)
         keep = None if keep_BHTS is None else next(rest)
         if not on_cpu:
-            return _attention_xla(q, k, v, mask, keep, keep_scale, operand).astype(out_dtype)
+            out = _attention_xla(q, k, v, mask, keep, keep_scale, softcap, operand)
+            return out.astype(out_dtype)
         k, v = (jnp.repeat(x, H // G, axis=2) if H > G else x for x in (k, v))
         return attention_cpu.attention(
             q, k, v, mask, keep, keep_scale, operand, triangular=triangular
@@ -125,7 +159,12 @@ def _divides(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
 
 
 def _choose(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, aligned: bool, dropout_rate: float, dtype: str
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    aligned: bool,
+    dropout_rate: float,
+    softcap: float | None,
+    dtype: str,
 ) -> Implementation:
     """What "auto" means for these arguments on the mesh in use."""
     T, S, K = q_BTHK.shape[1], k_BSGK.shape[1], q_BTHK.shape[-1]
@@ -136,7 +175,7 @@ def _choose(
     if dropout_rate or not _divides(q_BTHK, k_BSGK):
         return "xla"
     platform = sharding.platform()
-    if platform == "gpu" and dtype in ("bfloat16", "float16") and K % 8 == 0:
+    if platform == "gpu" and dtype in ("bfloat16", "float16") and K % 8 == 0 and softcap is None:
         return "cudnn"
     if platform == "tpu" and dtype in ("bfloat16", "float32") and T == S and attention_tpu.fits(T):
         return "splash"
@@ -144,7 +183,12 @@ def _choose(
 
 
 def _check_kernel(
-    name: str, q_BTHK: jax.Array, k_BSGK: jax.Array, aligned: bool, dropout_rate: float
+    name: str,
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    aligned: bool,
+    dropout_rate: float,
+    softcap: float | None,
 ) -> None:
     """Raises where what was asked for is not what a kernel computes."""
     context = sharding.axis_size("context")
@@ -155,6 +199,8 @@ def _check_kernel(
         )
     if dropout_rate or not aligned:
         raise ValueError(f"{name} attention knows neither dropout nor q_offset: use 'auto'")
+    if name == "cudnn" and softcap is not None:
+        raise ValueError("cudnn attention knows no softcap: use 'auto'")
     if name != "cudnn" and q_BTHK.shape[1] != k_BSGK.shape[1]:
         raise ValueError(f"{name} attention wants as many queries as keys: use 'auto'")
     if (name == "ring") != (context > 1):
@@ -188,20 +234,24 @@ def _attention_cudnn(
     *,
     causal: bool,
     segments: Segments,
+    window: int | None,
     operand: jnp.dtype,
 ) -> jax.Array:
     """cuDNN's flash attention on each device's rows and heads, in dtype `operand`."""
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments) -> jax.Array:
-        mask_B1TS = None
-        if segments:
-            mask_B1TS = (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
+        mask_B1TS, own_window = None, None if window is None else (window - 1, 0)
+        if segments:  # a mask is made anyway, so it holds the window too
+            mask_BTS = _mask(q, k, causal, segments, 0, None, window, None)
+            assert mask_BTS is not None
+            mask_B1TS, own_window = mask_BTS[:, None], None
         return jax.nn.dot_product_attention(
             q.astype(operand),
             k.astype(operand),
             v.astype(operand),
             mask=mask_B1TS,
             is_causal=causal,
+            local_window_size=own_window,
             implementation="cudnn",
         )
 
@@ -215,10 +265,11 @@ def _mask(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
     causal: bool,
-    segments_q_BT: jax.Array | None,
-    segments_kv_BS: jax.Array | None,
+    segments: Segments,
     q_offset: jax.Array | int,
     kv_length: jax.Array | int | None,
+    window: int | None,
+    windowed: jax.Array | None,
 ) -> jax.Array | None:
     """Which keys each query sees, mask_BTS; None for all."""
     T, S = q_BTHK.shape[1], k_BSGK.shape[1]
@@ -226,12 +277,16 @@ def _mask(
     terms = []
     if causal:
         offset_B11 = jnp.asarray(q_offset, jnp.int32).reshape(-1, 1, 1)
-        terms.append(key_11S <= offset_B11 + jnp.arange(T, dtype=jnp.int32)[None, :, None])
+        query_BT1 = offset_B11 + jnp.arange(T, dtype=jnp.int32)[None, :, None]
+        terms.append(key_11S <= query_BT1)
+        if window is not None:
+            near_BTS = query_BT1 - key_11S < window
+            terms.append(near_BTS if windowed is None else near_BTS | ~windowed)
     if kv_length is not None:
         filled_B1S = key_11S < jnp.asarray(kv_length, jnp.int32).reshape(-1, 1, 1)
         terms.append(jnp.broadcast_to(filled_B1S, (filled_B1S.shape[0], T, S)))
-    if segments_q_BT is not None and segments_kv_BS is not None:
-        terms.append(segments_q_BT[:, :, None] == segments_kv_BS[:, None, :])
+    if segments:
+        terms.append(segments[0][:, :, None] == segments[1][:, None, :])
     if not terms:
         return None
     mask_BTS = terms[0]
@@ -240,14 +295,19 @@ def _mask(
     return mask_BTS
 
 
-def _zero_unseeing(out_BTHK: jax.Array, segments: Segments, causal: bool) -> jax.Array:
+def _zero_unseeing(
+    out_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    segments: Segments,
+    causal: bool,
+    window: int | None,
+    windowed: jax.Array | None,
+) -> jax.Array:
     """Zeros where a query sees no key; kernels spread such a query evenly over keys."""
     if not segments or segments[0] is segments[1]:  # a query sees at least itself
         return out_BTHK
-    mask_BTS = segments[0][:, :, None] == segments[1][:, None, :]
-    if causal:
-        _, T, S = mask_BTS.shape
-        mask_BTS &= jnp.tri(T, S, dtype=bool)[None]
+    mask_BTS = _mask(out_BTHK, k_BSGK, causal, segments, 0, None, window, windowed)
+    assert mask_BTS is not None  # of segments there is always one
     seeing_BT = jnp.any(mask_BTS, axis=-1)
     return jnp.where(seeing_BT[:, :, None, None], out_BTHK, jnp.zeros_like(out_BTHK))
 
@@ -259,6 +319,7 @@ def _attention_xla(
     mask_BTS: jax.Array | None,
     keep_BHTS: jax.Array | None,
     keep_scale: float,
+    softcap: float | None,
     operand: jnp.dtype,
 ) -> jax.Array:
     """Plain products, differentiated by jax; grouped heads share keys without copies."""
@@ -268,6 +329,8 @@ def _attention_xla(
     scores_BGRTS = jnp.einsum(
         "BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK.astype(operand), preferred_element_type=jnp.float32
     ) * (K**-0.5)
+    if softcap is not None:
+        scores_BGRTS = softcap * jnp.tanh(scores_BGRTS / softcap)
     if mask_BTS is not None:
         scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -jnp.inf)
     # A query that sees no key has top = -inf: zero keeps exp(-inf - top) at zero rather than NaN.

@@ -24,11 +24,12 @@ from jax import lax
 
 from lmjax import sharding
 from lmjax.errors import UserError
+from lmjax.ops import attention_zigzag as zigzag
+from lmjax.ops.attention_zigzag import RING
 
 # Queries are taken in blocks of at most so many, which bounds the scores that are alive at once.
 _QUERY_BLOCK = 512
 
-_RING = "context"
 # Where the rows lie in arrays of queries, [P, B, G, R, T, ...].
 _ROW_AXIS = 4
 _QUERIES = ("batch", "length", "act_heads", None)
@@ -37,6 +38,7 @@ _PER_HEAD = ("batch", "length", "act_heads")
 _ROWS = ("batch", "length")
 
 Segments = tuple[jax.Array, jax.Array] | tuple[()]
+Reach = tuple[jax.Array] | tuple[()]  # how many keys, itself the last, a query sees at most
 # (arrays of some queries, what is updated of theirs, (k, v), mask_B11TS or None) ->
 # (what was updated, what was found for k and v)
 Block = Callable[[Any, Any, Any, jax.Array | None], tuple[Any, Any]]
@@ -66,6 +68,9 @@ def attention(
     *,
     causal: bool,
     segments: Segments = (),
+    window: int | None = None,
+    windowed: jax.Array | None = None,
+    softcap: float | None = None,
     operand: jnp.dtype,
     out_dtype: jnp.dtype,
 ) -> jax.Array:
@@ -80,45 +85,53 @@ def attention(
 
     Args:
       segments: (of the queries, of the keys), int [B, T] each; a query sees keys of its own only.
+      window, windowed, softcap: see `ops.attention`. Pairs of halves that a window hides are
+        computed all the same.
       operand: dtype of the operands of products.
       out_dtype: dtype of the result.
 
     Raises:
       UserError: where the mesh does not divide the length, the batch or the heads.
     """
-    n = sharding.axis_size(_RING)
+    n = sharding.axis_size(RING)
     _check(q_BTHK.shape, k_BSGK.shape, n, causal)
     dtypes = (q_BTHK.dtype, k_BSGK.dtype, v_BSGK.dtype)
-    inputs = (_QUERIES, _KEYS, _KEYS, _ROWS)
+    reach: Reach = ()
+    if window is not None:
+        far = jnp.int32(jnp.iinfo(jnp.int32).max)
+        reach = (jnp.int32(window) if windowed is None else jnp.where(windowed, window, far),)
+    inputs = (_QUERIES, _KEYS, _KEYS, _ROWS, None)
     # Made here and not where they are called: the mesh in use may be gone by the backward pass.
     forward = sharding.per_device(
-        partial(_forward, n, causal, out_dtype), inputs, (_QUERIES, _PER_HEAD)
+        partial(_forward, n, causal, softcap, out_dtype), inputs, (_QUERIES, _PER_HEAD)
     )
     backward = sharding.per_device(
-        partial(_backward, n, causal, dtypes),
+        partial(_backward, n, causal, softcap, dtypes),
         (*inputs, _QUERIES, _PER_HEAD, _PER_HEAD),
         (_QUERIES, _KEYS, _KEYS),
     )
 
     @jax.custom_vjp
-    def ring(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments) -> jax.Array:
-        return ring_fwd(q, k, v, segments)[0]
+    def ring(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, reach: Reach
+    ) -> jax.Array:
+        return ring_fwd(q, k, v, segments, reach)[0]
 
     def ring_fwd(
-        q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, reach: Reach
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         q, k, v = (x.astype(operand) for x in (q, k, v))
-        out, log_total = forward(q, k, v, segments)
-        return out, (q, k, v, segments, out, log_total)
+        out, log_total = forward(q, k, v, segments, reach)
+        return out, (q, k, v, segments, reach, out, log_total)
 
     def ring_bwd(residuals: tuple[Any, ...], dout: jax.Array) -> tuple[Any, ...]:
-        q, k, v, segments, out, log_total = residuals
+        q, k, v, segments, reach, out, log_total = residuals
         along = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
         dout = dout.astype(operand)
-        return (*backward(q, k, v, segments, dout, log_total, along), None)
+        return (*backward(q, k, v, segments, reach, dout, log_total, along), None, None)
 
     ring.defvjp(ring_fwd, ring_bwd)
-    return ring(q_BTHK, k_BSGK, v_BSGK, segments)
+    return ring(q_BTHK, k_BSGK, v_BSGK, segments, reach)
 
 
 def _check(q_shape: tuple[int, ...], k_shape: tuple[int, ...], n: int, causal: bool) -> None:
@@ -141,19 +154,23 @@ def _check(q_shape: tuple[int, ...], k_shape: tuple[int, ...], n: int, causal: b
 def _forward(
     n: int,
     causal: bool,
+    softcap: float | None,
     out_dtype: jnp.dtype,
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
     segments: Segments,
+    reach: Reach,
 ) -> tuple[jax.Array, jax.Array]:
     """(out_BTHK, log_BTH), the logarithm of each query's sum of exponentials."""
     T, G = q_BTHK.shape[1], k_BSGK.shape[2]
-    segments_q, keys = _segments_and_keys(n, causal, k_BSGK, v_BSGK, segments)
+    marks_q, keys = _marks_and_keys(n, causal, k_BSGK, v_BSGK, segments, reach)
     q_PBGRTK = _queries(n, causal, q_BTHK, G)
     top_PBGRT = jnp.full(q_PBGRTK.shape[:-1], -jnp.inf, jnp.float32)
     state = (top_PBGRT, jnp.zeros_like(top_PBGRT), jnp.zeros(q_PBGRTK.shape, jnp.float32))
-    (top, total, sums), _ = _ring(n, causal, _fold, (segments_q, q_PBGRTK), state, keys, ())
+    (top, total, sums), _ = _ring(
+        n, causal, partial(_fold, softcap), reach, (marks_q, q_PBGRTK), state, keys, ()
+    )
     seeing = total > 0
     total = jnp.where(seeing, total, 1.0)
     # Infinity makes the probabilities of a query that sees no key zero in the backward pass.
@@ -162,10 +179,12 @@ def _forward(
     return _per_token(n, causal, out_PBGRTK, T), _per_token(n, causal, log_PBGRT, T)
 
 
-def _fold(fixed: Any, state: Any, keys: Any, mask_B11TS: jax.Array | None) -> tuple[Any, tuple[()]]:
+def _fold(
+    softcap: float | None, fixed: Any, state: Any, keys: Any, mask_B11TS: jax.Array | None
+) -> tuple[Any, tuple[()]]:
     """Takes keys into the running softmax: (maxima, totals, weighted sums of values)."""
     (q_BGRTK,), (k_BGSK, v_BGSK), (top, total, sums) = fixed, keys, state
-    scores_BGRTS = _scores(q_BGRTK, k_BGSK, mask_B11TS)
+    scores_BGRTS, _ = _scores(softcap, q_BGRTK, k_BGSK, mask_B11TS)
     new_top = jnp.maximum(top, jnp.max(scores_BGRTS, axis=-1))
     base = jnp.where(new_top > -jnp.inf, new_top, 0.0)  # -inf: no key seen yet
     weights_BGRTS, fade = jnp.exp(scores_BGRTS - base[..., None]), jnp.exp(top - base)
@@ -177,40 +196,49 @@ def _fold(fixed: Any, state: Any, keys: Any, mask_B11TS: jax.Array | None) -> tu
 def _backward(
     n: int,
     causal: bool,
+    softcap: float | None,
     dtypes: tuple[jnp.dtype, ...],
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
     segments: Segments,
+    reach: Reach,
     dout_BTHK: jax.Array,
     log_BTH: jax.Array,
     along_BTH: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq_BTHK, dk_BSGK, dv_BSGK); `along` is the inner product of out and dout."""
     T, G = q_BTHK.shape[1], k_BSGK.shape[2]
-    segments_q, keys = _segments_and_keys(n, causal, k_BSGK, v_BSGK, segments)
+    marks_q, keys = _marks_and_keys(n, causal, k_BSGK, v_BSGK, segments, reach)
     rows = [_queries(n, causal, x, G) for x in (q_BTHK, dout_BTHK, log_BTH, along_BTH)]
     dq, *dkv = (jnp.zeros(x.shape, jnp.float32) for x in (rows[0], *keys[1:]))
-    dq, dkv = _ring(n, causal, _pull, (segments_q, *rows), dq, keys, tuple(dkv))
+    pull = partial(_pull, softcap)
+    dq, dkv = _ring(n, causal, pull, reach, (marks_q, *rows), dq, keys, tuple(dkv))
     dq, dk, dv = (x.astype(dtype) for x, dtype in zip((dq, *dkv), dtypes, strict=True))
-    dk, dv = (_natural(n, causal, jnp.moveaxis(x, 2, 3)) for x in (dk, dv))
+    dk, dv = (zigzag.natural(n, causal, jnp.moveaxis(x, 2, 3)) for x in (dk, dv))
     return _per_token(n, causal, dq, T), dk, dv
 
 
 def _pull(
-    fixed: Any, dq_BGRTK: jax.Array, keys: Any, mask_B11TS: jax.Array | None
+    softcap: float | None,
+    fixed: Any,
+    dq_BGRTK: jax.Array,
+    keys: Any,
+    mask_B11TS: jax.Array | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Adds to the gradient of the queries, and finds that of the keys and values.
 
     Rows that pad the queries have dout = 0, and so no part in any gradient.
     """
     (q_BGRTK, dout_BGRTK, log_BGRT, along_BGRT), (k_BGSK, v_BGSK) = fixed, keys
-    scores_BGRTS = _scores(q_BGRTK, k_BGSK, mask_B11TS)
+    scores_BGRTS, slope_BGRTS = _scores(softcap, q_BGRTK, k_BGSK, mask_B11TS)
     probs_BGRTS = jnp.exp(scores_BGRTS - log_BGRT[..., None])
     dv_BGSK = _product("BGRTS,BGRTK->BGSK", probs_BGRTS.astype(v_BGSK.dtype), dout_BGRTK)
     dprobs_BGRTS = _product("BGRTK,BGSK->BGRTS", dout_BGRTK, v_BGSK)
     scale = q_BGRTK.shape[-1] ** -0.5
     dscores_BGRTS = probs_BGRTS * (dprobs_BGRTS - along_BGRT[..., None]) * scale
+    if slope_BGRTS is not None:
+        dscores_BGRTS *= slope_BGRTS
     dscores_BGRTS = dscores_BGRTS.astype(k_BGSK.dtype)
     dk_BGSK = _product("BGRTS,BGRTK->BGSK", dscores_BGRTS, q_BGRTK)
     dq_BGRTK += _product("BGRTS,BGSK->BGRTK", dscores_BGRTS, k_BGSK)
@@ -218,7 +246,7 @@ def _pull(
 
 
 def _ring(
-    n: int, causal: bool, block: Block, fixed: Any, carry: Any, keys: Any, zeros: Any
+    n: int, causal: bool, block: Block, reach: Reach, fixed: Any, carry: Any, keys: Any, zeros: Any
 ) -> tuple[Any, Any]:
     """Lets the keys of all devices pass by: (carry, what all devices found for our own keys).
 
@@ -230,10 +258,10 @@ def _ring(
       keys: [P, B, ...], what travels.
       zeros: what is found for keys at first.
     """
-    me = lax.axis_index(_RING)
+    me = lax.axis_index(RING)
 
     def look(pairs: _Pairs, carry: Any, keys: Any) -> tuple[Any, Any]:
-        return _look(block, pairs, fixed, carry, keys, zeros)
+        return _look(block, pairs, reach, fixed, carry, keys, zeros)
 
     def pairs(step: int | jax.Array) -> _Pairs:
         """What is seen of the keys that come from device me - step, modulo n, at step > 0."""
@@ -246,24 +274,24 @@ def _ring(
 
     def step(state: Any, index: jax.Array) -> tuple[Any, None]:
         carry, keys, found = state
-        following, found = _send(n, (keys, found))
+        following, found = zigzag.send(n, (keys, found))
         carry, more = look(pairs(index), carry, keys)
         return (carry, following, jax.tree.map(jnp.add, found, more)), None
 
-    following = _send(n, keys)
+    following = zigzag.send(n, keys)
     own = _Pairs([0, 1, 1], [0, 0, 1], triangular=[True, False, True]) if causal else pairs(0)
     carry, found = look(own, carry, keys)
     state = (carry, following, found)
     if n > 2:
         state, _ = lax.scan(step, state, jnp.arange(1, n - 1))
     carry, keys, found = state
-    found = _send(n, found)
+    found = zigzag.send(n, found)
     carry, more = look(pairs(n - 1), carry, keys)
-    return carry, _send(n, jax.tree.map(jnp.add, found, more))
+    return carry, zigzag.send(n, jax.tree.map(jnp.add, found, more))
 
 
 def _look(
-    block: Block, pairs: _Pairs, fixed: Any, carry: Any, keys: Any, found: Any
+    block: Block, pairs: _Pairs, reach: Reach, fixed: Any, carry: Any, keys: Any, found: Any
 ) -> tuple[Any, Any]:
     """Parts of the queries look at parts of the keys, block of queries by block."""
     T, S = fixed[1].shape[_ROW_AXIS], keys[1].shape[3]
@@ -286,11 +314,15 @@ def _look(
         def add(x: jax.Array, more: jax.Array) -> jax.Array:
             return lax.dynamic_update_index_in_dim(x, _part(x, at_kv) + more, at_kv, 0)
 
-        segments_q_B11T, *rows = jax.tree.map(cut, fixed)
-        segments_k_BS, k, v = jax.tree.map(lambda x: _part(x, at_kv), keys)
+        marks_q, *rows = jax.tree.map(cut, fixed)
+        marks_k, k, v = jax.tree.map(lambda x: _part(x, at_kv), keys)
         mask = None
-        if segments_k_BS is not None:
-            mask = segments_q_B11T[..., None] == segments_k_BS[:, None, None, None]
+        if "segment" in marks_q:
+            mask = marks_q["segment"][..., None] == marks_k["segment"][:, None, None, None]
+        if reach:
+            distance = marks_q["index"][..., None] - marks_k["index"][:, None, None, None]
+            near = distance < reach[0]
+            mask = near if mask is None else mask & near
         if triangular is not None:
             row_T1 = start + jnp.arange(size)[:, None]
             before = ((row_T1 >= jnp.arange(S)[None]) | ~triangular)[None, None, None]
@@ -303,9 +335,18 @@ def _look(
     return one(0, (carry, found)) if steps == 1 else lax.fori_loop(0, steps, one, (carry, found))
 
 
-def _scores(q_BGRTK: jax.Array, k_BGSK: jax.Array, mask_B11TS: jax.Array | None) -> jax.Array:
+def _scores(
+    softcap: float | None, q_BGRTK: jax.Array, k_BGSK: jax.Array, mask_B11TS: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """(the masked scores, the slope of their cap if they have one)."""
     scores_BGRTS = _product("BGRTK,BGSK->BGRTS", q_BGRTK, k_BGSK) * q_BGRTK.shape[-1] ** -0.5
-    return scores_BGRTS if mask_B11TS is None else jnp.where(mask_B11TS, scores_BGRTS, -jnp.inf)
+    slope_BGRTS = None
+    if softcap is not None:
+        share_BGRTS = jnp.tanh(scores_BGRTS / softcap)
+        scores_BGRTS, slope_BGRTS = softcap * share_BGRTS, 1 - jnp.square(share_BGRTS)
+    if mask_B11TS is not None:
+        scores_BGRTS = jnp.where(mask_B11TS, scores_BGRTS, -jnp.inf)
+    return scores_BGRTS, slope_BGRTS
 
 
 def _product(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -322,7 +363,7 @@ def _num_blocks(rows: int) -> int:
 
 def _queries(n: int, causal: bool, x_BTH: jax.Array, num_groups: int) -> jax.Array:
     """[B, T, H, ...] -> [P, B, G, R, T / P, ...], its rows padded with zeros to whole blocks."""
-    x = _parts(n, causal, x_BTH)
+    x = zigzag.parts(n, causal, x_BTH)
     P, B, T, H, *rest = x.shape
     x = jnp.moveaxis(x.reshape(P, B, T, num_groups, H // num_groups, *rest), 2, _ROW_AXIS)
     padding = [(0, 0)] * x.ndim
@@ -333,59 +374,22 @@ def _queries(n: int, causal: bool, x_BTH: jax.Array, num_groups: int) -> jax.Arr
 def _per_token(n: int, causal: bool, x_PBGRT: jax.Array, length: int) -> jax.Array:
     """Inverse of `_queries`, for a device's chunk of this length."""
     x = jnp.moveaxis(x_PBGRT, _ROW_AXIS, 2)[:, :, : length // x_PBGRT.shape[0]]
-    return _natural(n, causal, x.reshape(*x.shape[:3], -1, *x.shape[5:]))
+    return zigzag.natural(n, causal, x.reshape(*x.shape[:3], -1, *x.shape[5:]))
 
 
-def _segments_and_keys(
-    n: int, causal: bool, k_BSGK: jax.Array, v_BSGK: jax.Array, segments: Segments
-) -> tuple[jax.Array | None, tuple[jax.Array | None, jax.Array, jax.Array]]:
-    """(segments_q_PB11T, (segments_PBS, k_PBGSK, v_PBGSK))."""
-    k, v = (jnp.moveaxis(_parts(n, causal, x), 3, 2) for x in (k_BSGK, v_BSGK))
-    if not segments:
-        return None, (None, k, v)
-    segments_q_BT, segments_kv_BS = segments
-    return _queries(n, causal, segments_q_BT[:, :, None], 1), (
-        _parts(n, causal, segments_kv_BS),
-        k,
-        v,
-    )
+def _marks_and_keys(
+    n: int, causal: bool, k_BSGK: jax.Array, v_BSGK: jax.Array, segments: Segments, reach: Reach
+) -> tuple[dict[str, jax.Array], tuple[dict[str, jax.Array], jax.Array, jax.Array]]:
+    """(marks_PB11T of the queries, (marks_PBS, k_PBGSK, v_PBGSK)).
 
-
-def _parts(n: int, causal: bool, x: jax.Array) -> jax.Array:
-    """The parts [P, B, T / P, ...] that this device works on, from its chunk [B, T, ...]."""
-    if not causal:
-        return x[None]
-    # First halves (numbers 2 i) go to distinct devices, and so do second halves (2 i + 1).
-    halves = jnp.split(x, 2, axis=1)
-    even, odd = (
-        lax.ppermute(half, _RING, [(i, _owner(n, 2 * i + which)) for i in range(n)])
-        for which, half in enumerate(halves)
-    )
-    # Device i holds halves i and 2n - 1 - i: the even one comes first if i is even.
-    return _swapped_on_odd_devices(even, odd)
-
-
-def _natural(n: int, causal: bool, x: jax.Array) -> jax.Array:
-    """Inverse of `_parts`."""
-    if not causal:
-        return x[0]
-    halves = [
-        lax.ppermute(half, _RING, [(_owner(n, 2 * i + which), i) for i in range(n)])
-        for which, half in enumerate(_swapped_on_odd_devices(x[0], x[1]))
-    ]
-    return jnp.concatenate(halves, axis=1)
-
-
-def _owner(n: int, half: int) -> int:
-    return min(half, 2 * n - 1 - half)
-
-
-def _swapped_on_odd_devices(x: jax.Array, y: jax.Array) -> jax.Array:
-    odd = lax.axis_index(_RING) % 2 == 1
-    return jnp.stack([jnp.where(odd, y, x), jnp.where(odd, x, y)])
-
-
-def _send(n: int, tree: Any) -> Any:
-    """To the next device of the ring."""
-    onward = [(i, (i + 1) % n) for i in range(n)]
-    return jax.tree.map(lambda x: lax.ppermute(x, _RING, onward), tree)
+    Marks are what a mask is made of: each token's segment, its index in the whole sequence.
+    """
+    k, v = (jnp.moveaxis(zigzag.parts(n, causal, x), 3, 2) for x in (k_BSGK, v_BSGK))
+    marks = {"segment": segments} if segments else {}
+    if reach:
+        S = k_BSGK.shape[1]
+        index_1S = lax.axis_index(RING) * S + jnp.arange(S)[None]
+        marks["index"] = index_1S, index_1S
+    of_queries = {name: _queries(n, causal, q[:, :, None], 1) for name, (q, _) in marks.items()}
+    of_keys = {name: zigzag.parts(n, causal, x) for name, (_, x) in marks.items()}
+    return of_queries, (of_keys, k, v)

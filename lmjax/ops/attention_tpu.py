@@ -1,7 +1,7 @@
 """Flash attention for TPUs: the splash kernel, on each device's rows and heads.
 
 A Pallas kernel is opaque to the partitioner, so it runs inside `sharding.per_device`. Scores never
-leave the chip's vector memory; blocks that a causal mask hides are not visited.
+leave the chip's vector memory; blocks that a causal mask or a window hides are not visited.
 """
 
 # Shape legend: B batch, T length, H heads, G key-value heads, K head dim.
@@ -9,6 +9,7 @@ leave the chip's vector memory; blocks that a causal mask hides are not visited.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ def attention(
     *,
     causal: bool,
     segments: Segments = (),
+    window: int | None = None,
+    softcap: float | None = None,
     operand: jnp.dtype,
     interpret: bool = False,
 ) -> jax.Array:
@@ -45,9 +48,11 @@ def attention(
     Args:
       segments: (of the queries, of the keys), int [B, T] each, above the smallest int32; a query
         sees keys of its own only.
+      window: so many keys a query sees at most, itself the last; with a causal mask.
+      softcap: bound of the scores, by softcap * tanh(score / softcap).
       interpret: computes the kernel's steps with plain operations, for tests on other platforms.
     """
-    local = partial(_attention, causal, operand, interpret)
+    local = partial(_attention, causal, window, softcap, operand, interpret)
     inputs = (_QUERIES, _KEYS, _KEYS, _ROWS)
     return sharding.per_device(local, inputs, _QUERIES)(q_BTHK, k_BTGK, v_BTGK, segments)
 
@@ -59,6 +64,8 @@ def fits(length: int) -> bool:
 
 def _attention(
     causal: bool,
+    window: int | None,
+    softcap: float | None,
     operand: jnp.dtype,
     interpret: bool,
     q_BTHK: jax.Array,
@@ -93,12 +100,15 @@ def _attention(
         block_q_dq=block,
         block_kv_dq=block,
     )
-    one = splash.CausalMask((size, size)) if causal else splash.FullMask((size, size))
+    one: Any = splash.CausalMask((size, size)) if causal else splash.FullMask((size, size))
+    if window is not None:
+        one = splash.LocalMask((size, size), window_size=(window - 1, 0), offset=0)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([one] * H),
         block_sizes=blocks,
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
     q = (q_BTHK.astype(jnp.float32) * K**-0.5).astype(operand)

@@ -22,7 +22,7 @@ _VERY_NEGATIVE = -1e30
 
 
 def logits(hidden_BTD: jax.Array, unembedding: Unembedding) -> jax.Array:
-    """Scores of every token, logits_BTV in fp32; columns of padding are -inf."""
+    """Scores of every token, logits_BTV in fp32, capped; columns of padding are -inf."""
     logits_BTV = contract(
         hidden_BTD,
         unembedding.weights_VD,
@@ -30,8 +30,10 @@ def logits(hidden_BTD: jax.Array, unembedding: Unembedding) -> jax.Array:
         axes=((hidden_BTD.ndim - 1,), (1,)),
         result="float32",
     )
-    static = _Static(unembedding.vocab_size, jnp.dtype(unembedding.dtype))
-    return _mask_padding(static, logits_BTV, 0, 1)
+    static = _Static(
+        unembedding.vocab_size, jnp.dtype(unembedding.dtype), softcap=unembedding.softcap
+    )
+    return _mask_padding(static, _cap(static, logits_BTV), 0, 1)
 
 
 def cross_entropy(
@@ -57,7 +59,7 @@ def cross_entropy(
     num_chunks = -(-num_rows // vocab_chunk) if vocab_chunk else 1
     loss = _loss_whole if num_chunks == 1 else partial(_loss_chunked, num_chunks)
     operand = jnp.dtype(unembedding.dtype)
-    static = _Static(unembedding.vocab_size, operand, z_loss, tuple(columns))
+    static = _Static(unembedding.vocab_size, operand, z_loss, tuple(columns), unembedding.softcap)
 
     def local(hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array) -> Losses:
         if across_T:
@@ -83,12 +85,14 @@ class _Static(NamedTuple):
       z_loss: weight of the z-loss.
       axes: mesh axes over which the vocabulary is split; each device has its own rows of the
         weights, and what they say of a token is summed over the devices.
+      softcap: bound of the logits, if they have one.
     """
 
     vocab_size: int
     operand: jnp.dtype
     z_loss: float = 0.0
     axes: tuple[str, ...] = ()
+    softcap: float | None = None
 
     def sum(self, x: Any) -> Any:
         """The sum over all parts of the vocabulary."""
@@ -111,6 +115,18 @@ def _mask_padding(static: _Static, logits_BTC: jax.Array, chunk: Any, num_chunks
         return logits_BTC
     ids = _ids(static, logits_BTC, chunk, num_chunks)
     return jnp.where(ids < static.vocab_size, logits_BTC, -jnp.inf)
+
+
+def _cap(static: _Static, logits: jax.Array) -> jax.Array:
+    """c tanh(x / c); Bello et al., arXiv:1611.09940, as in Gemma 2, arXiv:2408.00118, section 2."""
+    if static.softcap is None:
+        return logits
+    return static.softcap * jnp.tanh(logits / static.softcap)
+
+
+def _cap_slope(static: _Static, capped: jax.Array) -> jax.Array | None:
+    """The derivative of `_cap`, from what it gave; None for a constant 1."""
+    return None if static.softcap is None else 1 - jnp.square(capped / static.softcap)
 
 
 def _sum_exp(logits_BTC: jax.Array, top_BT1: jax.Array) -> jax.Array:
@@ -153,28 +169,32 @@ def _loss_whole(
 
 def _forward_whole(
     static: _Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array, Losses]:
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None], jax.Array, Losses]:
+    """(operands, (logits, slope of their cap), logsumexp, losses)."""
     hidden_BTD, weights_VD = (x.astype(static.operand) for x in (hidden_BTD, weights_VD))
-    logits_BTV = _mask_padding(static, dot(hidden_BTD, weights_VD, (2,), (1,)), 0, 1)
+    capped_BTV = _cap(static, dot(hidden_BTD, weights_VD, (2,), (1,)))
+    logits_BTV = _mask_padding(static, capped_BTV, 0, 1)
     top_BT1 = static.max(jnp.max(logits_BTV, axis=-1, keepdims=True))
     label_BT = _label_logits(static, hidden_BTD, weights_VD, targets_BT)
     sum_BT, label_BT = static.sum((_sum_exp(logits_BTV, top_BT1), label_BT))
     lse_BT = jnp.log(sum_BT) + top_BT1[..., 0]
-    losses = lse_BT - label_BT, static.z_loss * jnp.square(lse_BT)
-    return (hidden_BTD, weights_VD), logits_BTV, lse_BT, losses
+    losses = lse_BT - _cap(static, label_BT), static.z_loss * jnp.square(lse_BT)
+    return (hidden_BTD, weights_VD), (logits_BTV, _cap_slope(static, capped_BTV)), lse_BT, losses
 
 
 def _loss_whole_fwd(
     static: _Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
 ) -> tuple[Losses, tuple[Any, ...]]:
-    operands, logits_BTV, lse_BT, losses = _forward_whole(
+    operands, (logits_BTV, slope_BTV), lse_BT, losses = _forward_whole(
         static, hidden_BTD, weights_VD, targets_BT
     )
     # The gradient but for a factor per token, so that the backward is two products and no more.
     error_BTV = jnp.exp(logits_BTV - lse_BT[..., None])
     error_BTV = (error_BTV - _onehot(static, error_BTV, targets_BT, 0, 1)).astype(static.operand)
+    if slope_BTV is not None:
+        slope_BTV = slope_BTV.astype(static.operand)
     like = jnp.zeros((0,), hidden_BTD.dtype), jnp.zeros((0,), weights_VD.dtype)
-    return losses, (*operands, targets_BT, error_BTV, lse_BT, like)
+    return losses, (*operands, targets_BT, error_BTV, slope_BTV, lse_BT, like)
 
 
 def _onehot(
@@ -188,12 +208,15 @@ def _loss_whole_bwd(
     static: _Static, residuals: tuple[Any, ...], grads: Losses
 ) -> tuple[jax.Array, jax.Array, None]:
     operand = static.operand
-    hidden_BTD, weights_VD, targets_BT, error_BTV, lse_BT, (like_hidden, like_weights) = residuals
+    hidden_BTD, weights_VD, targets_BT, error_BTV, slope_BTV, lse_BT, like = residuals
+    like_hidden, like_weights = like
     a, b = _coefficients(static, grads, lse_BT)
     if static.z_loss:
         onehot_BTV = _onehot(static, error_BTV, targets_BT, 0, 1)
         error_BTV = (a * error_BTV.astype(jnp.float32) + b * onehot_BTV).astype(operand)
         a = jnp.ones_like(a)
+    if slope_BTV is not None:
+        error_BTV = error_BTV * slope_BTV
     dhidden_BTD = a * dot(error_BTV, weights_VD, (2,), (0,))
     scaled_BTD = (a * hidden_BTD.astype(jnp.float32)).astype(operand)
     dweights_VD = dot(error_BTV, scaled_BTD, (0, 1), (0, 1))
@@ -222,11 +245,13 @@ def _split(weights_VD: jax.Array, num_chunks: int) -> jax.Array:
 
 def _chunk_logits(
     static: _Static, hidden_BTD: jax.Array, weights_CND: jax.Array, chunk: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(the chunk's weights, its logits, the slope of their cap)."""
     weights_CD = lax.dynamic_index_in_dim(weights_CND, chunk, axis=1, keepdims=False)
     weights_CD = weights_CD.astype(static.operand)
-    logits_BTC = dot(hidden_BTD, weights_CD, (2,), (1,))
-    return weights_CD, _mask_padding(static, logits_BTC, chunk, weights_CND.shape[1])
+    capped_BTC = _cap(static, dot(hidden_BTD, weights_CD, (2,), (1,)))
+    logits_BTC = _mask_padding(static, capped_BTC, chunk, weights_CND.shape[1])
+    return weights_CD, logits_BTC, _cap_slope(static, capped_BTC)
 
 
 def _loss_chunked_fwd(
@@ -243,7 +268,7 @@ def _loss_chunked_fwd(
         carry: tuple[jax.Array, jax.Array], chunk: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         top_BT, sum_BT = carry
-        _, logits_BTC = _chunk_logits(static, low_BTD, weights_CND, chunk)
+        _, logits_BTC, _ = _chunk_logits(static, low_BTD, weights_CND, chunk)
         new_top_BT = jnp.maximum(top_BT, jnp.max(logits_BTC, axis=-1))
         sum_BT = sum_BT * jnp.exp(top_BT - new_top_BT)
         sum_BT = sum_BT + _sum_exp(logits_BTC, new_top_BT[..., None])
@@ -255,7 +280,7 @@ def _loss_chunked_fwd(
     label_BT = _label_logits(static, low_BTD, weights_VD, targets_BT)
     sum_BT, label_BT = static.sum((sum_BT * jnp.exp(top_BT - all_top_BT), label_BT))
     lse_BT = jnp.log(sum_BT) + all_top_BT
-    losses = lse_BT - label_BT, static.z_loss * jnp.square(lse_BT)
+    losses = lse_BT - _cap(static, label_BT), static.z_loss * jnp.square(lse_BT)
     return losses, (hidden_BTD, weights_VD, targets_BT, lse_BT)
 
 
@@ -268,9 +293,11 @@ def _loss_chunked_bwd(
     a, b = _coefficients(static, grads, lse_BT)
 
     def add_chunk(dhidden_BTD: jax.Array, chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
-        weights_CD, logits_BTC = _chunk_logits(static, low_BTD, weights_CND, chunk)
+        weights_CD, logits_BTC, slope_BTC = _chunk_logits(static, low_BTD, weights_CND, chunk)
         error_BTC = a * jnp.exp(logits_BTC - lse_BT[..., None])
         error_BTC = error_BTC + (b - a) * _onehot(static, logits_BTC, targets_BT, chunk, num_chunks)
+        if slope_BTC is not None:
+            error_BTC = error_BTC * slope_BTC
         error_BTC = error_BTC.astype(static.operand)
         dweights_CD = dot(error_BTC, low_BTD, (0, 1), (0, 1)).astype(weights_VD.dtype)
         return dhidden_BTD + dot(error_BTC, weights_CD, (2,), (0,)), dweights_CD

@@ -7,7 +7,7 @@ import pytest
 
 from lmjax.errors import UserError
 from lmjax.generate.decode import Decoding, grow
-from lmjax.generate.sample import sample
+from lmjax.models.gemma import gemma
 from lmjax.models.gpt import gpt
 from lmjax.ops.losses import logits
 from lmjax.sharding import unbox
@@ -20,13 +20,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def variables(model):
-    params = unbox(model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
+    params = unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
     return jax.tree.map(lambda x: 8 * x, params)  # far from uniform, so that a slip is seen
 
 
 @pytest.fixture(scope="module")
 def decoding(model):
-    return Decoding(model)
+    return Decoding(model, smallest_cache=32)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,11 @@ def test_a_bucket_is_compiled_once(model, variables):
     decoding = Decoding(model)
     for length in (3, 9, 20):
         list(decoding.tokens(variables, np.arange(length), max_tokens=10))
-    assert decoding._prefill._cache_size() == 1
-    assert decoding._next._cache_size() == 1
+    for sizes in ((3, 9, 20), (1, 2, 3, 4)):
+        together(decoding, variables, [range(n) for n in sizes], max_tokens=5, seeds=[*sizes])
+    assert decoding._read._cache_size() == 2
+    assert decoding._step._cache_size() == 2
+    assert decoding._draw._cache_size() == 2
 
 
 def test_text_longer_than_the_context_goes_on_from_its_later_half(decoding, variables, full):
@@ -93,6 +96,68 @@ def test_text_longer_than_the_context_goes_on_from_its_later_half(decoding, vari
     text = [*prompt, *found]
     assert found[:87] == greedy(full, prompt, 87)  # token 97 is the last that sees all 96
     assert text[97] == greedy(full, text[49:97], 1)[0]
+
+
+PROMPTS = [[3], list(range(40)), [7, 7, 9, 1, 0], list(range(20, 50)), [11, 2]]
+
+
+def together(decoding, variables, prompts, **arguments):
+    texts = [[] for _ in prompts]
+    for row, token in decoding.batch(variables, prompts, **arguments):
+        texts[row].append(token)
+    return texts
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 20, "min_p": 0.01}])
+def test_rows_of_a_batch_are_what_they_are_alone(decoding, variables, settings):
+    """Five unequal prompts, through two caches and past the context, until rows end."""
+    seeds = [5, 6, 7, 5, 8]
+    settings = {"max_tokens": 90, "repetition_penalty": 1.2, **settings}
+    alone = [
+        list(decoding.tokens(variables, prompt, seed=seed, **settings))
+        for prompt, seed in zip(PROMPTS, seeds, strict=True)
+    ]
+    assert together(decoding, variables, PROMPTS, seeds=seeds, **settings) == alone
+    end = alone[2][30]
+    ended = [text[: text.index(end)] if end in text else text for text in alone]
+    assert min(map(len, ended)) <= 30
+    found = together(decoding, variables, PROMPTS, seeds=seeds, end_id=end, **settings)
+    assert found == ended
+
+
+def test_a_row_that_wants_no_more_leaves_the_others_alone(decoding, variables):
+    arguments = {"max_tokens": 12, "seeds": [0, 1], "temperature": 0.0}
+    whole = together(decoding, variables, PROMPTS[:2], **arguments)
+    done, texts = set(), [[], []]
+    for row, token in decoding.batch(variables, PROMPTS[:2], done=done, **arguments):
+        texts[row].append(token)
+        if len(texts[0]) == 3:
+            done.add(0)
+    assert texts == [whole[0][:3], whole[1]]
+
+
+def test_rotations_and_windows_of_padded_rows():
+    """The shorter row's text grows past the window too."""
+    model = gemma(
+        num_layers=2,
+        dim=32,
+        num_heads=4,
+        num_kv_heads=2,
+        hidden=48,
+        vocab_size=50,
+        max_length=64,
+        window=8,
+        window_layers=(True, False),
+        window_rope_theta=100.0,
+        qk_norm=True,
+    )
+    params = unbox(jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32)))
+    variables = jax.tree.map(lambda x: 6 * x, params)
+    decoding, prompts = Decoding(model), [PROMPTS[2], PROMPTS[3]]
+    settings = {"max_tokens": 20, "temperature": 0.0}
+    alone = [list(decoding.tokens(variables, prompt, **settings)) for prompt in prompts]
+    assert together(decoding, variables, prompts, seeds=[0, 0], **settings) == alone
+    assert alone[0] != alone[1]
 
 
 def test_the_same_seed_gives_the_same_text(decoding, variables):
@@ -110,29 +175,14 @@ def test_stops_at_the_end_of_a_document(decoding, variables):
     assert stopped == whole[: whole.index(end)]
 
 
-def test_sampling_keeps_to_the_top_k_and_follows_the_temperature():
-    values = jnp.array([[0.0, 1.0, 2.0, 3.0, -jnp.inf]])
-    keys = jax.random.split(jax.random.key(0), 4000)
-
-    def draw(temperature, top_k):
-        one = jax.vmap(lambda k: sample(values, k, temperature=temperature, top_k=top_k)[0])
-        return np.bincount(one(keys), minlength=5) / len(keys)
-
-    assert draw(jnp.float32(0), jnp.int32(0)).tolist() == [0, 0, 0, 1, 0]
-    assert (draw(jnp.float32(1), jnp.int32(2)) > 0).tolist() == [False, False, True, True, False]
-    expected = jax.nn.softmax(values[0] / 2)
-    # Three standard deviations of a frequency over 4,000 draws are under 0.024.
-    np.testing.assert_allclose(draw(jnp.float32(2), jnp.int32(0)), expected, atol=0.024)
-
-
 @pytest.mark.parametrize(
     ("prompt", "change", "message"),
     [
         ([], {}, "prompt is empty"),
         ([50], {}, "beyond the vocabulary of 50"),
-        ([1], {"temperature": -1.0}, "none may be negative"),
-        ([1], {"temperature": float("inf")}, "temperature inf"),
-        ([1], {"top_k": 2**31}, "or beyond 32 bits"),
+        ([1], {"temperature": -1.0}, "temperature is -1.0: must be 0"),
+        ([1], {"temperature": float("inf")}, "temperature is inf"),
+        ([1], {"top_k": 2**31}, "top_k is 2147483648"),
         ([1], {"seed": 2**64}, "seed is 18446744073709551616: must be from 0"),
     ],
 )

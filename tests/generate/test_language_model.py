@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -38,9 +40,9 @@ def workdir(tmp_path_factory):
 def test_a_run_loads_without_its_corpus_and_speaks(workdir):
     lm = lmjax.load(workdir)
     assert lm.step == 2
-    text = lm.generate("To be", max_tokens=30, seed=3)
-    assert len(text) == 30 and text == lm.generate("To be", max_tokens=30, seed=3)
-    assert text == "".join(lm.stream("To be", max_tokens=30, seed=3))
+    text = lm.generate("To be", max_tokens=30, seed=5)
+    assert len(text) == 30 and text == lm.generate("To be", max_tokens=30, seed=5)
+    assert text == "".join(lm.stream("To be", max_tokens=30, seed=5))
     assert lmjax.load(workdir, step=1).step == 1
     with pytest.raises(UserError, match="'Z'"):
         lm.generate("Z")
@@ -51,6 +53,59 @@ def test_greedy_text_follows_the_logits(workdir):
     prompt = "that is"
     token = int(np.argmax(lm.logits(prompt)[-1]))
     assert lm.generate(prompt, max_tokens=1, temperature=0.0) == lm.tokenizer.decode([token])
+
+
+def test_prompts_together_give_what_each_gives_alone(workdir):
+    lm = lmjax.load(workdir)
+    prompts, seeds = ["To be", "that is the question", "n"], [3, 4, 3]
+    how = {"max_tokens": 25, "temperature": 1.0, "top_k": 0, "top_p": 0.95}
+    alone = [lm.generate(p, seed=s, **how) for p, s in zip(prompts, seeds, strict=True)]
+    assert lm.generate_batch(prompts, seed=seeds, **how) == alone
+    stop = [alone[0][10:12], alone[1][17:19]]
+    cut = [text[: min(text.find(one) % 99 for one in stop)] for text in alone]
+    assert len(cut[0]) <= 10 and len(cut[1]) <= 17
+    assert lm.generate_batch(prompts, seed=seeds, stop=stop, **how) == cut
+    assert "".join(lm.stream(prompts[0], seed=3, stop=stop, **how)) == cut[0]
+    with pytest.raises(UserError, match="2 seeds for 3 prompts"):
+        lm.generate_batch(prompts, seed=[1, 2])
+
+
+def test_search_finds_texts_with_their_scores(workdir):
+    lm = lmjax.load(workdir)
+    found = lm.search("To be", num_beams=3, max_tokens=6)
+    assert len(found) == 3 and sorted(found, key=lambda one: -one[1]) == found
+    text, score = found[0]
+    rows = jax.nn.log_softmax(lm.logits("To be" + text))
+    ids = lm.tokenizer.encode("To be" + text)
+    total = sum(float(rows[i - 1, ids[i]]) for i in range(5, len(ids)))
+    assert len(text) == 6 and score == pytest.approx(total / 6, abs=1e-4)
+    stopped = lm.search("To be", num_beams=3, max_tokens=6, stop=[text[2]])
+    assert all(text[2] not in one for one, _ in stopped)
+
+
+@pytest.mark.slow
+def test_the_command_continues_prompts(workdir):
+    """One prompt, several, and beams; what it prints is what the notebook gets."""
+    lm = lmjax.load(workdir)
+
+    def run(*flags):
+        command = [sys.executable, "-m", "lmjax.generate", f"--workdir={workdir}", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        return done.returncode, done.stdout, done.stderr
+
+    how = {"max_tokens": 12, "temperature": 0.0, "repetition_penalty": 1.3}
+    flags = ["--max_tokens=12", "--temperature=0", "--repetition_penalty=1.3"]
+    first, second = lm.generate("To be", **how), lm.generate("that", **how)
+    assert run("--prompt=To be", *flags) == (0, f"To be{first}\n", "")
+    code, printed, _ = run("--prompt=To be", "--prompt=that", *flags)
+    assert (code, printed) == (0, f"To be{first}\n\nthat{second}\n")
+    (text, score), *_ = lm.search("To be", num_beams=2, max_tokens=5)
+    code, printed, _ = run("--prompt=To be", "--num_beams=2", "--max_tokens=5")
+    assert code == 0 and printed.startswith(f"To be{text}\n") and f"{score:.3f}" in printed
+    code, _, error = run("--prompt=To be", "--top_p=0")
+    assert code == 2 and "top_p is 0.0: must be above 0" in error
+    code, _, error = run("--prompt=To be", "--num_beams=2", "--top_p=0.5")
+    assert code == 2 and "--num_beams" in error and "--top_p" in error
 
 
 @pytest.mark.parametrize("step", [None, 2])

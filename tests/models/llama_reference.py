@@ -1,4 +1,4 @@
-"""Llama and Mixtral of Hugging Face transformers, at random weights, by our names."""
+"""Llama and its kin of Hugging Face transformers, at random weights, by our names."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from lmjax.tasks.causal_lm import CausalLM
 
 
 def from_torch_names(weights, *, num_heads, num_kv_heads):
-    """Weights of transformers' Llama or Mixtral, by its names, as {path: array} of ours."""
+    """Weights of transformers' Llama, Mistral, Mixtral, Qwen or Gemma, as {path: array} of ours."""
     layers = 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("model.layers."))
 
     def stack(name):
@@ -32,10 +32,30 @@ def from_torch_names(weights, *, num_heads, num_kv_heads):
         "embed/table": weights["model.embed_tokens.weight"],
         "norm/scale": weights["model.norm.weight"],
         f"{block}/attention_norm/scale": stack("input_layernorm.weight"),
-        f"{block}/mlp_norm/scale": stack("post_attention_layernorm.weight"),
         f"{block}/attention/qkv/kernel": np.concatenate([q, k, v], axis=3),
         f"{block}/attention/out/kernel": out.reshape(layers, num_heads, -1, out.shape[2]),
     }
+    first = "model.layers.0."
+    if f"{first}pre_feedforward_layernorm.weight" in weights:  # Gemma
+        norms = {
+            "attention_post_norm": "post_attention",
+            "mlp_norm": "pre_feedforward",
+            "mlp_post_norm": "post_feedforward",
+        }
+    else:
+        norms = {"mlp_norm": "post_attention"}
+    for ours, theirs in norms.items():
+        found[f"{block}/{ours}/scale"] = stack(f"{theirs}_layernorm.weight")
+    if f"{first}self_attn.q_proj.bias" in weights:
+        shapes = {"q": (grouped, -1), "k": (1, -1), "v": (1, -1)}
+        biases = [
+            stack(f"self_attn.{name}_proj.bias").reshape(layers, num_kv_heads, *shape)
+            for name, shape in shapes.items()
+        ]
+        found[f"{block}/attention/qkv/bias"] = np.concatenate(biases, axis=2)
+    if f"{first}self_attn.q_norm.weight" in weights:
+        for name in ("q_norm", "k_norm"):
+            found[f"{block}/attention/{name}/scale"] = stack(f"self_attn.{name}.weight")
     if "lm_head.weight" in weights:
         found["unembed/table"] = weights["lm_head.weight"]
     if "model.layers.0.mlp.gate_proj.weight" in weights:

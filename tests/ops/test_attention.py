@@ -32,6 +32,8 @@ def _sees(b: int, i: int, j: int, mask: dict[str, Any]) -> bool:
     seen = True
     if mask["causal"]:
         seen &= j <= row(mask.get("q_offset", 0)) + i
+        if "window" in mask and mask.get("windowed", True):
+            seen &= j > row(mask.get("q_offset", 0)) + i - mask["window"]
     if "kv_length" in mask:
         seen &= j < row(mask["kv_length"])
     if "segments_q_BT" in mask:
@@ -47,6 +49,8 @@ def _loops(q: Any, k: Any, v: Any, mask: dict[str, Any]) -> np.ndarray:
         seen = [j for j in range(k.shape[1]) if _sees(b, i, j, mask)]
         if seen:
             scores = np.array([q[b, i, h] @ k[b, j, g] for j in seen]) / np.sqrt(K)
+            if "softcap" in mask:
+                scores = mask["softcap"] * np.tanh(scores / mask["softcap"])
             probs = np.exp(scores - scores.max())
             out[b, i, h] = sum(
                 p * v[b, j, g] for p, j in zip(probs / probs.sum(), seen, strict=True)
@@ -63,6 +67,8 @@ def _naive(q: jax.Array, k: jax.Array, v: jax.Array, mask: dict[str, Any]) -> ja
         ]
     )[:, None]
     scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(K)
+    if "softcap" in mask:
+        scores = mask["softcap"] * jnp.tanh(scores / mask["softcap"])
     probs = jax.nn.softmax(jnp.where(allowed, scores, -1e9), axis=-1) * allowed
     return jnp.einsum("bhts,bshk->bthk", probs, v)
 
@@ -93,6 +99,12 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "decode_sees_nothing": (1, 12, {"causal": False, "kv_length": jnp.asarray([0, 3])}),
     "cross": (5, 7, {"causal": False, "kv_length": jnp.asarray([7, 2])}),
     "cross_scalar": (5, 7, {"causal": False, "kv_length": 4}),
+    "window": (9, 9, {"causal": True, "window": 3, **OWN_SEGMENT}),
+    "windowed": (9, 9, {"causal": True, "window": 3, "windowed": jnp.asarray(True)}),
+    "not_windowed": (9, 9, {"causal": True, "window": 3, "windowed": jnp.asarray(False)}),
+    "window_prefill": (4, 12, {"causal": True, "window": 3, "q_offset": jnp.asarray([0, 7])}),
+    "window_decode": (1, 12, {"causal": True, "window": 3, "q_offset": jnp.asarray(5)}),
+    "softcap": (9, 9, {"causal": True, "window": 4, "softcap": 0.7, **OWN_SEGMENT}),
     "causal_length": (5, 7, {"causal": True, "q_offset": 2, "kv_length": jnp.asarray([0, 4])}),
 }
 
@@ -159,6 +171,7 @@ def test_blocks_of_queries_equal_the_whole(rate: float, monkeypatch: pytest.Monk
     def run(long: int) -> tuple[jax.Array, ...]:
         monkeypatch.setattr(attention_cpu, "_LONG", long)
         options = {"dropout_rate": rate, "dropout_rng": jax.random.key(0), **OWN_SEGMENTS_128}
+        options["window"] = 40
 
         def both(*qkv: jax.Array) -> tuple[jax.Array, ...]:
             out, pull = jax.vjp(lambda *qkv: attention(*qkv, causal=True, **options), *qkv)
@@ -261,5 +274,10 @@ def test_misfits_are_told() -> None:
         attention(q[:, :, :3], k, v, causal=True)
     with pytest.raises(ValueError, match="cudnn attention"):
         attention(q, k, v, causal=True, q_offset=1, implementation="cudnn")
+    with pytest.raises(ValueError, match="knows no softcap"):
+        attention(q, k, v, causal=True, softcap=1.0, implementation="cudnn")
+    for bad in ({"causal": True, "window": 0}, {"causal": False, "window": 3}):
+        with pytest.raises(ValueError, match="want at least 1, and True"):
+            attention(q, k, v, **bad)
     with pytest.raises(ValueError, match="implementation"):
         attention(q, k, v, causal=True, implementation="flash")  # type: ignore[arg-type]

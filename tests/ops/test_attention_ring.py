@@ -38,7 +38,14 @@ def _documents(T: int, seed: int = 0) -> np.ndarray:
 
 
 def _reference(
-    q: Any, k: Any, v: Any, dout: Any, causal: bool, segments: tuple[Any, Any] | None
+    q: Any,
+    k: Any,
+    v: Any,
+    dout: Any,
+    causal: bool,
+    segments: tuple[Any, Any] | None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[np.ndarray, ...]:
     """out and the gradients of q, k and v, in float64 with the whole matrix of probabilities."""
     q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
@@ -47,15 +54,21 @@ def _reference(
     seen = np.ones((q.shape[0], 1, q.shape[1], k.shape[1]), bool)
     if causal:
         seen &= np.tri(q.shape[1], k.shape[1], dtype=bool)
+    if window is not None:
+        seen &= ~np.tri(q.shape[1], k.shape[1], -window, dtype=bool)
     if segments is not None:
         seen &= (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     scores = np.einsum("bthk,bshk->bhts", q, wide_k) / math.sqrt(K)
+    slope = 1.0
+    if softcap is not None:
+        slope = 1 - np.tanh(scores / softcap) ** 2
+        scores = softcap * np.tanh(scores / softcap)
     weights = np.where(seen, np.exp(scores), 0.0)
     total = weights.sum(-1, keepdims=True)
     probs = weights / np.where(total > 0, total, 1.0)
     out = np.einsum("bhts,bshk->bthk", probs, wide_v)
     dprobs = np.einsum("bthk,bshk->bhts", dout, wide_v)
-    dscores = probs * (dprobs - (probs * dprobs).sum(-1, keepdims=True)) / math.sqrt(K)
+    dscores = slope * probs * (dprobs - (probs * dprobs).sum(-1, keepdims=True)) / math.sqrt(K)
     dq = np.einsum("bhts,bshk->bthk", dscores, wide_k)
     dk = np.einsum("bhts,bthk->bshk", dscores, q)
     dv = np.einsum("bhts,bthk->bshk", probs, dout)
@@ -119,6 +132,19 @@ def test_layouts(
     mesh = layout.mesh(devices[: layout.context * layout.data * layout.tensor])
     run, args = _compiled(mesh, arrays, {}, causal=True)
     _agree(run(*args), _reference(*arrays, True, None))
+
+
+def test_windows_and_caps(monkeypatch: pytest.MonkeyPatch, devices: Any) -> None:
+    """A window that ends within halves, with blocks of queries; switched on and off as it runs."""
+    monkeypatch.setattr(attention_ring, "_QUERY_BLOCK", 3)
+    arrays, documents = _draw(32, 2), _documents(32)
+    options = {"segments_q_BT": documents, "segments_kv_BS": documents}
+    mesh = Layout(data=1, context=4).mesh(devices[:4])
+    options["windowed"] = np.asarray(True)
+    run, args = _compiled(mesh, arrays, options, causal=True, window=6, softcap=0.9)
+    _agree(run(*args), _reference(*arrays, True, (documents, documents), 6, 0.9))
+    args[1]["windowed"] = np.asarray(False)
+    _agree(run(*args), _reference(*arrays, True, (documents, documents), None, 0.9))
 
 
 @pytest.mark.slow

@@ -34,6 +34,9 @@ def _documents(T: int) -> jax.Array:
     ("T", "causal", "case"),
     [
         (200, True, "documents"),
+        pytest.param(300, True, "window", marks=pytest.mark.slow),
+        pytest.param(300, True, "windowed", marks=pytest.mark.slow),
+        pytest.param(300, True, "not windowed", marks=pytest.mark.slow),
         pytest.param(256, True, "plain", marks=pytest.mark.slow),
         pytest.param(200, False, "lengths", marks=pytest.mark.slow),
         pytest.param(200, False, "plain", marks=pytest.mark.slow),
@@ -49,6 +52,11 @@ def test_interpreted_kernel_equals_xla(
         options = {"segments_q_BT": _documents(T), "segments_kv_BS": _documents(T)}
     elif case == "lengths":
         options = {"kv_length": jnp.asarray([0, 150])}
+    elif "window" in case:
+        options = {"window": 140, "softcap": 2.0}
+        options |= {"segments_q_BT": _documents(T), "segments_kv_BS": _documents(T)}
+        if case != "window":
+            options["windowed"] = jnp.asarray(case == "windowed")
     interpreted = partial(attention_tpu.attention, interpret=True)
     monkeypatch.setattr(attention_module.attention_tpu, "attention", interpreted)
     mesh = Layout(data=2).mesh(devices[:2])
@@ -81,6 +89,7 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch, devices: Any) -> None:
     assert _chosen(*long) == "dot_general"
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     assert _chosen(*long) == _chosen(*long, causal=False) == "pallas_call"
+    assert _chosen(*long, window=9, softcap=2.0) == "pallas_call"
     assert _chosen(*short) == "dot_general"
     assert _chosen(*long, q_offset=1) == _chosen(long[0][:, :1], *long[1:]) == "dot_general"
     dropout = {"dropout_rate": 0.1, "dropout_rng": jax.random.key(0)}
@@ -92,13 +101,15 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch, devices: Any) -> None:
         text = str(jax.make_jaxpr(partial(attention, causal=True))(*long))
     assert "ppermute" in text
     assert "pallas_call" not in text
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    assert _chosen(*long, softcap=2.0) == "dot_general"
     with pytest.raises(ValueError, match="neither dropout nor q_offset"):
         attention(*long, causal=True, implementation="splash", **dropout)
     with pytest.raises(ValueError, match="as many queries as keys"):
         attention(long[0][:, :200], *long[1:], causal=False, implementation="splash")
 
 
-@pytest.mark.parametrize("case", ["documents", "lengths"])
+@pytest.mark.parametrize("case", ["documents", "lengths", "window"])
 def test_cudnn_is_called_with_each_devices_part(
     monkeypatch: pytest.MonkeyPatch, devices: Any, case: str
 ) -> None:
@@ -113,12 +124,14 @@ def test_cudnn_is_called_with_each_devices_part(
 
     dot_product_attention = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
-    options: dict[str, Any] = {"causal": case == "documents"}
+    options: dict[str, Any] = {"causal": case != "lengths"}
     if case == "documents":
         segments = jnp.asarray(np.arange(16)[None] // np.asarray([[5], [7]]), jnp.int32)
         options |= {"segments_q_BT": segments, "segments_kv_BS": segments}
     elif case == "lengths":
         options["kv_length"] = jnp.asarray([0, 9])
+    else:
+        options["window"] = 5
 
     def run(q: Any, k: Any, v: Any) -> Any:
         with sharding.use(Layout(data=2, tensor=2).mesh(devices[:4])):

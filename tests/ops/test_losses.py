@@ -22,8 +22,12 @@ def _draw() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     return hidden, weights, targets, jnp.asarray(rng.standard_normal((2, B, T)), jnp.float32)
 
 
-def _naive(hidden: jax.Array, weights: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+def _naive(
+    hidden: jax.Array, weights: jax.Array, targets: jax.Array, softcap: float | None = None
+) -> tuple[jax.Array, ...]:
     scores = jnp.einsum("btd,vd->btv", hidden, weights[:VOCAB])
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     lse = jax.nn.logsumexp(scores, axis=-1)
     label = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
     return lse - label, Z * lse**2
@@ -44,6 +48,30 @@ def test_value_and_gradients(chunk: int) -> None:
     for a, b in zip(got, _value_and_grads(_naive, *args), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert np.all(np.asarray(got[3])[VOCAB:] == 0)  # padding rows learn nothing
+
+
+@pytest.mark.parametrize("chunk", [0, 7])
+@pytest.mark.parametrize("z_loss", [0.0, Z])
+def test_soft_cap(chunk: int, z_loss: float) -> None:
+    hidden, weights, targets, g = _draw()
+
+    def ours(h: jax.Array, w: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        capped = Unembedding(w, VOCAB, softcap=0.8)
+        nll, z = cross_entropy(h, capped, t, vocab_chunk=chunk, z_loss=z_loss)
+        return nll, z if z_loss else jnp.zeros_like(z)
+
+    def naive(h: jax.Array, w: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        nll, z = _naive(h, w, t, 0.8)
+        return nll, z if z_loss else jnp.zeros_like(z)
+
+    args = hidden, weights, targets, g
+    got = jax.jit(lambda *args: _value_and_grads(ours, *args))(*args)
+    for a, b in zip(got, _value_and_grads(naive, *args), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    scores = logits(hidden, Unembedding(weights, VOCAB, softcap=0.8))
+    assert np.all(np.isneginf(scores[..., VOCAB:])) and np.abs(scores[..., :VOCAB]).max() < 0.8
+    label = jnp.take_along_axis(jax.nn.log_softmax(scores), targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(got[0], -label, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [0, 8])

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from lmjax.errors import UserError
-from lmjax.ops.rope import Rope, RopeScaling, frequencies, rotate
+from lmjax.ops.rope import (
+    LinearScaling,
+    Rope,
+    RopeScaling,
+    YarnScaling,
+    frequencies,
+    magnitude,
+    rotate,
+)
 
 K = 16
 SCALED = Rope(theta=500_000.0, scaling=RopeScaling(factor=8.0))
@@ -51,6 +59,62 @@ def test_scaling_is_meta_s():
     assert ratio[0] == 1 and ratio[-1] == 1 / 8 and ((ratio > 1 / 8) & (ratio < 1)).any()
 
 
+def test_linear_scaling_reads_positions_closer():
+    x, positions = draw(0, 2, 5, 3, K), np.arange(10).reshape(2, 5)
+    scaled = rotate(x, positions, Rope(scaling=LinearScaling(factor=4.0)))
+    np.testing.assert_allclose(scaled, rotate(x, positions / 4, Rope()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_is_the_paper_s(truncate):
+    """Its ramp pair by pair; where ends are not whole pairs it crosses 0 and 1 where they turn so.
+
+    A pair of K in all turns r(i) = length / wavelength times; i(r) inverts it.
+    """
+    theta, length, dim = 1e4, 4096, 128
+    scaling = YarnScaling(factor=16.0, original_length=length, truncate=truncate)
+    found = frequencies(Rope(theta=theta, scaling=scaling), dim)
+    plain = np.array([theta ** (-2 * i / dim) for i in range(dim // 2)])
+    turns = length * plain / (2 * math.pi)
+    whole = [i for i in range(dim // 2) if turns[i] >= 32]
+    slow = [i for i in range(dim // 2) if turns[i] <= 1]
+    np.testing.assert_allclose(found[whole[:-1]], plain[whole[:-1]], rtol=1e-6)
+    np.testing.assert_allclose(found[slow[1:]], plain[slow[1:]] / 16, rtol=1e-6)
+    first = dim / 2 * math.log(length / (32 * 2 * math.pi)) / math.log(theta)
+    last = dim / 2 * math.log(length / (2 * math.pi)) / math.log(theta)
+    if truncate:
+        first, last = whole[-1], slow[0]
+    for i in range(whole[-1] + 1, slow[0]):
+        kept = 1 - (i - first) / (last - first)
+        np.testing.assert_allclose(found[i], plain[i] * (kept + (1 - kept) / 16), rtol=1e-6)
+
+
+def test_yarn_sharpens_scores():
+    def size(**changes):
+        scaling = YarnScaling(factor=4.0, original_length=64, **changes)
+        return magnitude(Rope(scaling=scaling))
+
+    assert size() == pytest.approx(0.1 * math.log(4) + 1)
+    assert size(attention_factor=1.5) == 1.5
+    both = size(mscale=1.0, mscale_all_dim=0.5)
+    assert both == pytest.approx((0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1))
+    x = draw(1, 1, 4, 2, K)
+    turned = rotate(
+        x, jnp.arange(4)[None], Rope(scaling=YarnScaling(factor=4.0, original_length=64))
+    )
+    np.testing.assert_allclose(
+        jnp.linalg.norm(turned, axis=-1), size() * np.linalg.norm(x, axis=-1), rtol=1e-5
+    )
+
+
+def test_either_of_two_rotations_is_taken():
+    x, positions = draw(2, 2, 5, 3, K), jnp.arange(5)[None]
+    other = Rope(theta=100.0, scaling=YarnScaling(factor=4.0, original_length=64))
+    for use, expected in ((True, other), (False, SCALED)):
+        found = rotate(x, positions, SCALED, other=other, use_other=jnp.asarray(use))
+        np.testing.assert_allclose(found, rotate(x, positions, expected), rtol=1e-6, atol=1e-6)
+
+
 def test_products_depend_on_distance_alone():
     q, k = draw(2, 1, 1, 1, K), draw(3, 1, 1, 1, K)
 
@@ -84,6 +148,14 @@ def test_bad_settings_are_refused():
     for change in ({"factor": float("inf")}, {"factor": 2.0, "original_length": 0}):
         with pytest.raises(UserError, match="all finite"):
             RopeScaling(**change)
+    with pytest.raises(UserError, match="must be at least 1 and finite"):
+        LinearScaling(factor=0.5)
+    with pytest.raises(UserError, match="0 < beta_slow < beta_fast"):
+        YarnScaling(factor=2.0, original_length=64, beta_fast=1.0)
+    with pytest.raises(UserError, match=r"attention_factor is -1.0"):
+        YarnScaling(factor=2.0, original_length=64, attention_factor=-1.0)
+    with pytest.raises(UserError, match="rope_theta is 1: with YaRN"):
+        Rope(theta=1.0, scaling=YarnScaling(factor=2.0, original_length=64))
     with pytest.raises(UserError, match="rope_theta is inf"):
         Rope(theta=float("inf"))
     with pytest.raises(UserError, match="it must be even"):

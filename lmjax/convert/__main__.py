@@ -1,0 +1,86 @@
+"""`python -m lmjax.convert import --from=DIR --workdir=DIR`; back: `export --workdir=DIR --to=DIR`.
+
+`import` reads config.json, safetensors and tokenizer of a folder, or a .gguf file, and writes a
+workdir for `python -m lmjax.generate` and `init_from`. `export` writes a folder that transformers
+loads, or, where --to ends in .gguf, a file that llama.cpp loads (--dtype=float32 or q8_0).
+
+Exit codes: 0; 2 for a bad folder, file or flag.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from lmjax.errors import Exit, UserError, did_you_mean
+from lmjax.flags import fail, parse_flags, speak
+
+FROM = flags.DEFINE_string("from", None, "import: a folder of Hugging Face's, or a .gguf file")
+TO = flags.DEFINE_string("to", None, "export: the folder, or .gguf file, that is written")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run; import makes it")
+TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "import: another folder or tokenizer.json than that of --from"
+)
+STEP = flags.DEFINE_integer("step", None, "export: which checkpoint; the newest if not given")
+DTYPE = flags.DEFINE_string(
+    "dtype",
+    "same",
+    "of the weights written: same, float32 or bfloat16; of a .gguf file float32 or q8_0",
+)
+SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "export: the most of one file", lower_bound=1e-9)
+
+
+def main(argv: list[str]) -> None:
+    """Runs one of the commands."""
+    speak()
+    command, *rest = argv[1:] or [""]
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"{command!r} is no command." + did_you_mean(command, COMMANDS))
+        if rest:
+            raise UserError(f"unexpected arguments: {' '.join(rest)}.")
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # not to take the devices of a run
+        began = time.monotonic()
+        done = COMMANDS[command]()
+        print(f"{done} in {time.monotonic() - began:.1f} s")
+    except (UserError, OSError) as error:
+        fail(error, Exit.USAGE)
+
+
+def _given(flag: flags.FlagHolder[str | None], command: str) -> Path:
+    if not flag.value:
+        raise UserError(f"{command} needs --{flag.name}=DIR.")
+    return Path(flag.value).expanduser()
+
+
+def _import() -> str:
+    from lmjax.convert.imports import import_folder
+
+    workdir = _given(WORKDIR, "import")
+    tokenizer = Path(TOKENIZER.value).expanduser() if TOKENIZER.value else None
+    weights = import_folder(_given(FROM, "import"), workdir, dtype=DTYPE.value, tokenizer=tokenizer)
+    return f"{len(weights.tensors)} tensors of {weights.family.model_type} are now {workdir}"
+
+
+def _export() -> str:
+    from lmjax.convert.exports import export_folder
+
+    to = _given(TO, "export")
+    paths = export_folder(
+        _given(WORKDIR, "export"),
+        to,
+        step=STEP.value,
+        dtype=DTYPE.value,
+        shard_bytes=int(SHARD_GB.value * 1e9),
+    )
+    return f"wrote {to} with {len(paths)} file(s) of weights"
+
+
+COMMANDS = {"import": _import, "export": _export}
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

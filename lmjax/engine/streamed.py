@@ -1,0 +1,137 @@
+"""A checkpoint written block by block, of arrays that are never whole in memory nor on devices.
+
+It is one as `engine.checkpoint` reads it, of parameters alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmjax.engine import manifest
+from lmjax.errors import UserError
+from lmjax.ops.checksum import checksum
+
+UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of a folder that is no checkpoint yet
+CHUNK_BYTES = 2**23  # of a file's chunks, written one by one
+SUM_BYTES = 2**21  # summed at once, for which XLA holds some six times as much
+UNDER_WAY = 2  # chunks that are being written
+
+Blocks = Iterable[tuple[Sequence[int], np.ndarray]]
+
+_sum = jax.jit(checksum)
+
+
+def write_checkpoint(
+    directory: Path,
+    step: int,
+    arrays: Mapping[str, jax.ShapeDtypeStruct],
+    blocks: Callable[[str], Blocks],
+    about: Mapping[str, Any],
+) -> Path:
+    """Writes checkpoint `step` under `directory` and returns its folder.
+
+    Args:
+      directory: the `checkpoints` folder; made if it is not there.
+      step: its name.
+      arrays: shapes and dtypes by path, as 'params/blocks/mlp/up'.
+      blocks: path -> (where it begins, block), which together are the array, each element once;
+        all but those at its ends have the shape of the first, and begin at multiples of that.
+      about: see `engine.manifest.describe`.
+
+    Raises:
+      UserError: where there is a checkpoint of that step.
+    """
+    folder, unfinished = directory / str(step), directory / f"{step}{UNFINISHED}"
+    if folder.exists():
+        raise UserError(f"{directory} has a checkpoint of step {step}: give another --workdir.")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "state").mkdir(parents=True)
+    entries: dict[str, dict[str, Any]] = {}
+    for path, x in arrays.items():
+        total = np.zeros(2, np.uint32)
+        array: Any = None
+        chunk: tuple[int, ...] = ()
+        for start, block in blocks(path):
+            assert block.dtype == x.dtype, f"{path}: {block.dtype} for {x.dtype}"
+            if array is None:
+                chunk = chunk_of(block.shape, block.dtype)
+                array = _create(unfinished / "state", path, x, chunk)
+            under_way: collections.deque[Any] = collections.deque()
+            for cut in _chunks(block.shape, chunk):
+                begin = tuple(s + c.start for s, c in zip(start, cut, strict=True))
+                ends = tuple(b + c.stop - c.start for b, c in zip(begin, cut, strict=True))
+                while len(under_way) >= UNDER_WAY:
+                    under_way.popleft().result()
+                place = tuple(slice(b, e) for b, e in zip(begin, ends, strict=True))
+                under_way.append(array[place].write(block[cut]))
+                total += _checksum(block[cut], begin)
+            while under_way:
+                under_way.popleft().result()
+            del block  # before the next is made
+        entries[path] = {
+            "shape": list(x.shape),
+            "dtype": np.dtype(x.dtype).name,
+            "checksum": manifest.in_text(total),
+        }
+    (unfinished / "about").mkdir()
+    device = jax.devices()[0]
+    mesh = {"axes": {}, "devices": 1, "kind": device.device_kind, "processes": 1}
+    described = manifest.seal(about, step, entries, mesh)
+    (unfinished / "about" / "metadata").write_text(json.dumps(described))
+    unfinished.rename(folder)
+    return folder
+
+
+def _create(state: Path, path: str, x: jax.ShapeDtypeStruct, chunk: Sequence[int]) -> Any:
+    import tensorstore
+
+    base = {"driver": "file", "path": f"{state}/"}
+    name = path.replace("/", ".") + "/"
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": base, "path": name},
+        "metadata": {"chunks": list(chunk), "compressor": None},
+        "store_data_equal_to_fill_value": True,
+    }
+    return tensorstore.open(
+        spec, create=True, dtype=np.dtype(x.dtype), shape=list(x.shape)
+    ).result()
+
+
+def _checksum(block: np.ndarray, begin: Sequence[int]) -> np.ndarray:
+    total = np.zeros(2, np.uint32)
+    for cut in _chunks(block.shape, chunk_of(block.shape, block.dtype, SUM_BYTES)):
+        start = [b + c.start for b, c in zip(begin, cut, strict=True)]
+        # A copy: jax may hold on to what it is given until it is called again.
+        total += np.asarray(_sum(block[cut].copy(), np.asarray(start, np.uint32)))
+    return total
+
+
+def chunk_of(
+    shape: Sequence[int], dtype: np.dtype[Any], num_bytes: int = CHUNK_BYTES
+) -> tuple[int, ...]:
+    """The shape of a part of a block: whole but for its first axes, if it exceeds `num_bytes`."""
+    chunk = list(shape)
+    for axis, size in enumerate(shape):
+        row = dtype.itemsize * math.prod(shape[axis + 1 :])
+        chunk[axis] = max(1, min(size, num_bytes // max(1, row)))
+        if row <= num_bytes:
+            break
+    return tuple(chunk)
+
+
+def _chunks(shape: Sequence[int], chunk: Sequence[int]) -> Iterable[tuple[slice, ...]]:
+    steps = (range(0, n, c) for n, c in zip(shape, chunk, strict=True))
+    for corner in itertools.product(*steps):
+        ends = zip(corner, chunk, shape, strict=True)
+        yield tuple(slice(c, min(c + b, n)) for c, b, n in ends)

@@ -1,0 +1,179 @@
+"""Beam search: the likeliest continuations that a search of bounded width finds.
+
+K beams, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmjax.core import Variables
+from lmjax.errors import UserError
+from lmjax.generate.decode import Decoding, check_prompt, grow
+from lmjax.generate.sample import check_run
+
+LARGEST_WIDTH = 1024  # beams; a cache of its own for each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """A continuation that a search found.
+
+    Args:
+      tokens: its tokens, without the one that ends it.
+      score: the sum of their log-probabilities in nats, the end's included, divided by their number
+        to the power of the length penalty.
+    """
+
+    tokens: tuple[int, ...]
+    score: float
+
+
+class BeamSearch:
+    """Beam search with one model; what it compiled serves every later prompt of the same width.
+
+    Source: the search of Wu et al., arXiv:1609.08144, section 7, as `transformers` has it with
+    `early_stopping="never"`: at each step the 2 K likeliest continuations of K beams; those among
+    the first K that end are kept, the first K that do not end go on. It stops when none that goes
+    on can become better than the K kept. Departure from section 7: a score is divided by
+    length ** length_penalty, and there is no coverage penalty.
+    """
+
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
+        self._first = jax.jit(self._first_step, static_argnames=("length", "width"))
+        self._next = jax.jit(self._next_step, donate_argnames="cache")
+
+    def search(
+        self,
+        variables: Variables,
+        prompt: Sequence[int] | np.ndarray,
+        *,
+        num_beams: int,
+        max_tokens: int,
+        length_penalty: float = 1.0,
+        end_id: int | None = None,
+        ended: Callable[[Sequence[int]], bool] | None = None,
+    ) -> list[Continuation]:
+        """Up to `num_beams` continuations, best first; each ends at `end_id` or at `max_tokens`.
+
+        Args:
+          length_penalty: above 0 favours long texts, below 0 short ones; 0 compares sums.
+          ended: whether tokens end a text in another way (a stop string, say).
+
+        Raises:
+          UserError: for numbers out of range, an empty prompt, or one that with `max_tokens` more
+            is longer than the model's context.
+        """
+        prompt = [int(token) for token in np.asarray(prompt).reshape(-1)]
+        self._check(prompt, num_beams, max_tokens, length_penalty)
+        K = num_beams
+        if max_tokens == 0:
+            return [Continuation(tokens=(), score=0.0)]
+        tokens_1T, _ = self.decoding.padded([prompt], 1)
+        held = len(prompt)
+        size = max(self.decoding.cache_size(held), tokens_1T.shape[1])
+        candidates, cache = self._first(variables, tokens_1T, jnp.int32(held), length=size, width=K)
+        texts: list[tuple[int, ...]] = [()] * K
+        kept: list[Continuation] = []
+        for length in range(1, max_tokens + 1):
+            open_beams: list[tuple[tuple[int, ...], float, int]] = []
+            found = zip(*(np.asarray(x).tolist() for x in candidates), strict=True)
+            for rank, (total, parent, token) in enumerate(found):
+                if total == -np.inf:
+                    continue
+                text = (*texts[parent], token)
+                over = token == end_id or (ended is not None and ended(text))
+                if not over:
+                    open_beams.append((text, total, parent))
+                if (over or length == max_tokens) and rank < K:
+                    tokens = text[:-1] if token == end_id else text
+                    kept.append(Continuation(tokens=tokens, score=total / length**length_penalty))
+            kept = sorted(kept, key=lambda one: -one.score)[:K]
+            open_beams = open_beams[:K]
+            if length == max_tokens or not open_beams:
+                break
+            farthest = max_tokens if length_penalty > 0 else length
+            hope = open_beams[0][1] / farthest**length_penalty
+            if len(kept) == K and hope <= kept[-1].score:
+                break
+            texts = [text for text, _, _ in open_beams]
+            totals, parents = (
+                np.array(column) for column in list(zip(*open_beams, strict=True))[1:]
+            )
+            missing = K - len(texts)  # of a vocabulary that has fewer tokens than there are beams
+            texts += [()] * missing
+            if held == cache["key"].shape[2]:
+                cache = grow(cache, self.decoding.cache_size(held + 1))
+            candidates, cache = self._next(
+                variables,
+                cache,
+                np.pad(parents, (0, missing)).astype(np.int32),
+                np.array([text[-1] if text else 0 for text in texts], np.int32),
+                np.pad(totals, (0, missing), constant_values=-np.inf).astype(np.float32),
+            )
+            held += 1
+        return kept
+
+    def _first_step(
+        self,
+        variables: Variables,
+        tokens_1T: jax.Array,
+        filled: jax.Array,
+        *,
+        length: int,
+        width: int,
+    ) -> tuple[tuple[jax.Array, ...], Any]:
+        logits_1V, cache = self.decoding.read(variables, tokens_1T, filled, None, size=length)
+        wide = functools.partial(jnp.repeat, repeats=width, axis=1)
+        cache = {name: wide(x) if x.ndim else x for name, x in cache.items()}
+        return self._candidates(logits_1V, jnp.zeros((1,)), width), cache
+
+    def _next_step(
+        self,
+        variables: Variables,
+        cache: Any,
+        parents_K: jax.Array,
+        token_K: jax.Array,
+        totals_K: jax.Array,
+    ) -> tuple[tuple[jax.Array, ...], Any]:
+        taken = functools.partial(jnp.take, indices=parents_K, axis=1)
+        cache = {name: taken(x) if x.ndim else x for name, x in cache.items()}
+        logits_KV, cache = self.decoding.step(variables, cache, token_K)
+        return self._candidates(logits_KV, totals_K, len(token_K)), cache
+
+    def _candidates(
+        self, logits_KV: jax.Array, totals_K: jax.Array, width: int
+    ) -> tuple[jax.Array, ...]:
+        """(total log-probability, beam, token) of the likeliest continuations, best first.
+
+        A beam can end in one token only, so that among twice as many K go on.
+        """
+        V = self.decoding.model.vocab_size
+        totals_KV = totals_K[:, None] + jax.nn.log_softmax(logits_KV[:, :V], axis=-1)
+        best, index = jax.lax.top_k(totals_KV.ravel(), min(2 * width, totals_KV.size))
+        return best, index // V, index % V
+
+    def _check(
+        self, prompt: Sequence[int], num_beams: int, max_tokens: int, length_penalty: float
+    ) -> None:
+        check_run(max_tokens=max_tokens, seeds=0)
+        check_prompt(prompt, self.decoding.model.vocab_size)
+        if not 1 <= num_beams <= LARGEST_WIDTH:
+            raise UserError(f"num_beams is {num_beams}: must be from 1 to {LARGEST_WIDTH}.")
+        if not -100 <= length_penalty <= 100:
+            raise UserError(f"length_penalty is {length_penalty}: must be from -100 to 100.")
+        context = self.decoding.model.max_length
+        if len(prompt) + max_tokens > context:
+            raise UserError(
+                f"{len(prompt)} tokens of prompt and max_tokens {max_tokens} are longer than the "
+                f"model's context of {context}, which beam search cannot leave: set max_tokens to "
+                f"{max(context - len(prompt), 0)}, or shorten the prompt."
+            )

@@ -1,0 +1,86 @@
+"""A model and its weights as decoding wants them: a loop unrolled, dtypes that are read fastest."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lmjax.core import Decoder, Variables
+
+# Below this many rows a CPU multiplies in float32 (ops.matmul), and wants float32 weights for it.
+FEW_ROWS = 8
+# What is only ever an operand of a product in the model's dtype; a router decides in float32.
+_OPERANDS = re.compile(r"(?<!router_)(kernel|table)$")
+_ALL = 2**20  # more layers than any model has
+
+
+def unrolled(model: Decoder) -> Decoder:
+    """The same model without loops over layers, if it has any: on a CPU they halve the speed."""
+    return _with_field(model, "unroll", _ALL) if isinstance(model, nn.Module) else model
+
+
+def product_dtype(model: Decoder) -> str:
+    """The dtype of the model's products, "float32" where its modules are not of one mind."""
+    dtypes = set(_fields(model, "dtype"))
+    return str(dtypes.pop()) if len(dtypes) == 1 else "float32"
+
+
+def in_float32(variables: Variables) -> Variables:
+    """The same weights, all of them in float32."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, variables
+    )
+
+
+def in_dtype(variables: Variables, dtype: str) -> Variables:
+    """The same weights, with the operands of products rounded to `dtype` once and for all.
+
+    Products round them anyway; a tied embedding is rounded in the place where it is looked up too.
+    """
+
+    def cast(path: Any, x: jax.Array) -> jax.Array:
+        is_operand = _OPERANDS.search(str(getattr(path[-1], "key", "")))
+        return x.astype(dtype) if is_operand and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree_util.tree_map_with_path(cast, variables)
+
+
+def _modules(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, tuple):
+        for part in tree:
+            yield from _modules(part)
+    elif isinstance(tree, nn.Module):
+        yield tree
+        for field in _own(tree):
+            yield from _modules(getattr(tree, field))
+
+
+def _own(module: nn.Module) -> list[str]:
+    """Names of the fields that a module's author gave it."""
+    names = [field.name for field in dataclasses.fields(module)]
+    return [name for name in names if name not in ("parent", "name")]
+
+
+def _fields(tree: Any, name: str) -> Iterator[Any]:
+    for module in _modules(tree):
+        if name in _own(module):
+            yield getattr(module, name)
+
+
+def _with_field(tree: Any, name: str, value: Any) -> Any:
+    """A copy of a tree of modules in which every field of that name has that value."""
+    if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
+        return tuple(_with_field(part, name, value) for part in tree)
+    if not isinstance(tree, nn.Module):
+        return tree
+    changes = {
+        field: value if field == name else _with_field(getattr(tree, field), name, value)
+        for field in _own(tree)
+    }
+    return tree.clone(parent=None, **changes)

