@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,32 +122,38 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     return kind, shape, start, stop
 
 
-def read_folder(folder: Path) -> dict[str, FileTensor]:
-    """The tensors of a folder's model, of all its shards; raises UserError as `read_file`."""
-    index = folder / INDEX
-    if not index.exists():
-        files = [folder / SINGLE] if (folder / SINGLE).exists() else []
-        files = files or sorted(folder.glob("*.safetensors"))
+def read_folder(
+    folder: Path,
+    *,
+    single: str = SINGLE,
+    index: str = INDEX,
+    read: Callable[[Path], dict[str, FileTensor]] = read_file,
+) -> dict[str, FileTensor]:
+    """The tensors of a folder's model, of all its shards; raises UserError as `read` does."""
+    if not (folder / index).exists():
+        suffix = Path(single).suffix
+        files = [folder / single] if (folder / single).exists() else []
+        files = files or sorted(folder.glob(f"*{suffix}"))
         if not files:
-            raise UserError(f"{folder} has no *.safetensors.")
+            raise UserError(f"{folder} has no *{suffix}.")
         if len(files) > 1:
             raise UserError(
-                f"{folder} has {len(files)} safetensors files and no {INDEX}, which would say that "
+                f"{folder} has {len(files)} files *{suffix} and no {index}, which would say that "
                 "they are shards of one model. Download it, or leave one file."
             )
-        return read_file(files[0])
+        return read(files[0])
     try:
-        names: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        names: dict[str, str] = json.loads((folder / index).read_text("utf-8"))["weight_map"]
         sound = all(isinstance(f, str) and Path(f).name == f for f in names.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} is damaged: {error}. Download it again.") from error
+        raise UserError(f"{folder / index} is damaged: {error}. Download it again.") from error
     if not sound:
-        raise UserError(f"{index} is damaged: a shard is to be a file of this folder.")
-    shards = {file: read_file(folder / file) for file in sorted(set(names.values()))}
+        raise UserError(f"{folder / index} is damaged: a shard is to be a file of this folder.")
+    shards = {file: read(folder / file) for file in sorted(set(names.values()))}
     for name, file in names.items():
         if name not in shards[file]:
             raise UserError(
-                f"{folder / file} lacks the tensor {name!r}, which {INDEX} says it holds. "
+                f"{folder / file} lacks the tensor {name!r}, which {index} says it holds. "
                 "Download both again."
             )
     return {name: shards[file][name] for name, file in names.items()}
@@ -211,6 +217,3 @@ def write_file(path: Path, tensors: Sequence[Out]) -> None:
 def _write(file: Any, block: np.ndarray, dtype: np.dtype[Any]) -> int:
     block = np.ascontiguousarray(block, dtype)
     return int(file.write(block.reshape(-1).view(np.uint8).data))
-
-
-Tensors = Mapping[str, FileTensor]

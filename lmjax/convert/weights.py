@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmjax.convert import gguf_llama, shards
+from lmjax.convert import gguf_llama, pickles, shards
 from lmjax.convert import parts as table
 from lmjax.convert.family import Family
 from lmjax.convert.gpt2 import GPT2
@@ -69,7 +69,7 @@ class Weights:
 
 
 def open_folder(folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Weights:
-    """A folder with config.json and *.safetensors; reads no more than their headers.
+    """A folder with config.json and *.safetensors, or else *.bin; reads no more than headers.
 
     Args:
       folder: written by `save_pretrained`, or downloaded.
@@ -82,7 +82,16 @@ def open_folder(folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = Non
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one that save_pretrained(DIR) wrote.")
     settings = Settings.read(folder / "config.json")
-    return checked(folder, family_of(settings), settings, shards.read_folder(folder), shapes or {})
+    if any(folder.glob("*.safetensors*")) or not any(folder.glob("*.bin*")):
+        tensors = shards.read_folder(folder)
+    else:
+        tensors = shards.read_folder(
+            folder,
+            single="pytorch_model.bin",
+            index="pytorch_model.bin.index.json",
+            read=pickles.read_bin,
+        )
+    return checked(folder, family_of(settings), settings, tensors, shapes or {})
 
 
 def open_weights(

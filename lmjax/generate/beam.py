@@ -16,8 +16,9 @@ import numpy as np
 
 from lmjax.core import Variables
 from lmjax.errors import UserError
-from lmjax.generate.decode import Decoding, check_prompt, grow
+from lmjax.generate.decode import Decoding, as_weights, check_prompt, grow
 from lmjax.generate.sample import check_run
+from lmjax.generate.weights import Weights
 
 LARGEST_WIDTH = 1024  # beams; a cache of its own for each
 
@@ -53,7 +54,7 @@ class BeamSearch:
 
     def search(
         self,
-        variables: Variables,
+        variables: Variables | Weights,
         prompt: Sequence[int] | np.ndarray,
         *,
         num_beams: int,
@@ -80,7 +81,10 @@ class BeamSearch:
         tokens_1T, _ = self.decoding.padded([prompt], 1)
         held = len(prompt)
         size = max(self.decoding.cache_size(held), tokens_1T.shape[1])
-        candidates, cache = self._first(variables, tokens_1T, jnp.int32(held), length=size, width=K)
+        weights = as_weights(variables)
+        candidates, cache = self._first(
+            weights.stacked, tokens_1T, jnp.int32(held), length=size, width=K
+        )
         texts: list[tuple[int, ...]] = [()] * K
         kept: list[Continuation] = []
         for length in range(1, max_tokens + 1):
@@ -113,7 +117,7 @@ class BeamSearch:
             if held == cache["key"].shape[2]:
                 cache = grow(cache, self.decoding.cache_size(held + 1))
             candidates, cache = self._next(
-                variables,
+                weights,
                 cache,
                 np.pad(parents, (0, missing)).astype(np.int32),
                 np.array([text[-1] if text else 0 for text in texts], np.int32),
@@ -138,7 +142,7 @@ class BeamSearch:
 
     def _next_step(
         self,
-        variables: Variables,
+        weights: Weights,
         cache: Any,
         parents_K: jax.Array,
         token_K: jax.Array,
@@ -146,7 +150,7 @@ class BeamSearch:
     ) -> tuple[tuple[jax.Array, ...], Any]:
         taken = functools.partial(jnp.take, indices=parents_K, axis=1)
         cache = {name: taken(x) if x.ndim else x for name, x in cache.items()}
-        logits_KV, cache = self.decoding.step(variables, cache, token_K)
+        logits_KV, cache = self.decoding.step(weights, cache, token_K)
         return self._candidates(logits_KV, totals_K, len(token_K)), cache
 
     def _candidates(

@@ -22,7 +22,14 @@ from lmjax.generate.beam import BeamSearch
 from lmjax.generate.decode import Decoding
 from lmjax.generate.sample import Settings
 from lmjax.generate.text import TextStream
-from lmjax.generate.weights import FEW_ROWS, in_dtype, in_float32, product_dtype
+from lmjax.generate.weights import (
+    FEW_ROWS,
+    Weights,
+    apart,
+    in_dtype,
+    in_float32,
+    product_dtype,
+)
 from lmjax.ops.losses import logits
 
 # What a call draws with where it does not say otherwise.
@@ -171,23 +178,26 @@ class LanguageModel:
     def _end_id(self) -> int | None:
         return getattr(self.tokenizer, "end_id", None)
 
-    def _weights(self, rows: int) -> Variables:
-        """The weights in the dtype in which a step of so many rows reads them fastest."""
-        if jax.default_backend() == "cpu" and rows < FEW_ROWS:
-            return self._wide
-        return self._narrow
+    def _weights(self, rows: int) -> Weights:
+        """The weights as a step of so many rows reads them fastest."""
+        on_cpu = jax.default_backend() == "cpu"
+        return self._wide if on_cpu and rows < FEW_ROWS else self._narrow
 
     @functools.cached_property
-    def _wide(self) -> Variables:
-        return in_float32(self.variables)
+    def _wide(self) -> Weights:
+        return _ready(in_float32(self.variables))
 
     @functools.cached_property
-    def _narrow(self) -> Variables:
-        return in_dtype(self.variables, product_dtype(self.model))
+    def _narrow(self) -> Weights:
+        return _ready(in_dtype(self.variables, product_dtype(self.model)))
 
     @functools.cached_property
     def _beam_search(self) -> BeamSearch:
         return BeamSearch(self.decoding)
+
+
+def _ready(variables: Variables) -> Weights:
+    return Weights(variables, apart(variables) if jax.default_backend() == "cpu" else None)
 
 
 def load(workdir: str | Path, *, step: int | None = None) -> LanguageModel:

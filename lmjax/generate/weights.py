@@ -1,14 +1,20 @@
-"""A model and its weights as decoding wants them: a loop unrolled, dtypes that are read fastest."""
+"""A model and its weights as decoding wants them: layers apart, dtypes that are read fastest.
+
+A step of decoding does little but read the weights. Those of stacked layers are sliced out of the
+stack first, which on a CPU is a copy: a loop over layers then takes twice as long as the products
+alone, and the unrolled loop eight times. With an array a layer there is nothing to slice.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from lmjax.core import Decoder, Variables
@@ -17,11 +23,59 @@ from lmjax.core import Decoder, Variables
 FEW_ROWS = 8
 # What is only ever an operand of a product in the model's dtype; a router decides in float32.
 _OPERANDS = re.compile(r"(?<!router_)(kernel|table)$")
+_STACKED = "block"  # a Stack has its layers' parameters under this name
 _ALL = 2**20  # more layers than any model has
 
 
+class Weights(NamedTuple):
+    """Variables as the model has them, and where they are given, once more with layers apart."""
+
+    stacked: Variables
+    apart: Any = None
+
+
+@jax.tree_util.register_pytree_node_class
+class Apart:
+    """One array for each layer, in the place of their stack."""
+
+    def __init__(self, layers: tuple[Any, ...]) -> None:
+        self.layers = layers
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        """The layers."""
+        return self.layers, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, layers: tuple[Any, ...]) -> Apart:
+        """Of the layers."""
+        return cls(layers)
+
+
+def apart(variables: Variables) -> Any:
+    """The same weights with an `Apart` for each array of a stack of layers.
+
+    For arrays that lie in the memory of one CPU: it copies none whose layers are aligned.
+    """
+
+    def split(path: Any, x: jax.Array) -> Any:
+        if not any(getattr(key, "key", None) == _STACKED for key in path):
+            return x
+        return Apart(tuple(map(jax.device_put, np.asarray(x))))
+
+    return jax.tree_util.tree_map_with_path(split, variables)
+
+
+def together(variables: Any) -> Variables:
+    """Inverse of `apart`; in an unrolled program the compiler removes stack and slices."""
+    return jax.tree.map(
+        lambda x: jnp.stack(x.layers) if isinstance(x, Apart) else x,
+        variables,
+        is_leaf=lambda x: isinstance(x, Apart),
+    )
+
+
 def unrolled(model: Decoder) -> Decoder:
-    """The same model without loops over layers, if it has any: on a CPU they halve the speed."""
+    """The same model without loops over layers, if it has any."""
     return _with_field(model, "unroll", _ALL) if isinstance(model, nn.Module) else model
 
 

@@ -51,23 +51,31 @@ def greedy(full, prompt, count):
     return text[len(prompt) :]
 
 
+@pytest.fixture(scope="module")
+def cached(model, variables):
+    """(tokens, cache) -> their logits and the cache with them."""
+
+    @jax.jit
+    def run(tokens_BT, cache):
+        output = model.apply(variables, tokens_BT, cache=cache)
+        return logits(output.hidden_BTD, output.unembedding), output.cache
+
+    return run
+
+
 @pytest.mark.parametrize("split", [1, 5, 31, 32, 33])
-def test_cached_logits_equal_full_forward(model, variables, full, split):
+def test_cached_logits_equal_full_forward(model, full, cached, split):
     """A prompt in one piece, the rest token by token, the cache growing from 40 to 64 slots."""
     tokens = np.random.default_rng(0).integers(0, 50, (2, 48)).astype(np.int32)
-    expected = full(tokens)
-    output = model.apply(variables, tokens[:, :split], cache=model.init_cache(2, 40))
-    found = [logits(output.hidden_BTD, output.unembedding)]
-    step = jax.jit(lambda cache, token: model.apply(variables, token, cache=cache))
-    cache = output.cache
+    first, cache = cached(tokens[:, :split], model.init_cache(2, 40))
+    found = [first]
     for t in range(split, 48):
         if t == 40:
             cache = grow(cache, 64)
-        output = step(cache, tokens[:, t : t + 1])
-        cache = output.cache
-        found.append(logits(output.hidden_BTD, output.unembedding))
+        one, cache = cached(tokens[:, t : t + 1], cache)
+        found.append(one)
     np.testing.assert_allclose(
-        jnp.concatenate(found, axis=1)[..., :50], expected[..., :50], rtol=1e-4, atol=1e-4
+        jnp.concatenate(found, axis=1)[..., :50], full(tokens)[..., :50], rtol=1e-4, atol=1e-4
     )
 
 

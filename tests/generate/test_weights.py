@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from lmjax.engine.state import paths_of
-from lmjax.generate.weights import in_dtype, in_float32, product_dtype, unrolled
+from lmjax.generate.beam import BeamSearch
+from lmjax.generate.decode import Decoding
+from lmjax.generate.weights import (
+    Weights,
+    apart,
+    in_dtype,
+    in_float32,
+    product_dtype,
+    together,
+    unrolled,
+)
 from lmjax.models.llama import llama
 from lmjax.models.moe import moe
 from lmjax.sharding import unbox
@@ -72,23 +82,50 @@ def test_operands_that_are_rounded_beforehand_are_rounded_once():
     assert {str(x.dtype) for x in jax.tree.leaves(in_float32(low))} == {"float32"}
 
 
-def test_a_router_keeps_its_dtype():
-    model = moe(
-        num_layers=1,
+def mixture():
+    """A dense layer and, in a stack of its own, one with experts."""
+    return moe(
+        num_layers=2,
         dim=32,
         num_heads=4,
         num_kv_heads=2,
         num_experts=4,
         experts_per_token=2,
         expert_hidden=16,
+        num_dense_layers=1,
+        dense_hidden=48,
         vocab_size=50,
         max_length=32,
     )
-    variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS[:, :1])
-    low = jax.eval_shape(lambda x: in_dtype(x, "bfloat16"), unbox(variables))
+
+
+def test_a_router_keeps_its_dtype():
+    low = jax.eval_shape(lambda x: in_dtype(x, "bfloat16"), drawn(mixture()))
     dtypes = {path: str(x.dtype) for path, x in paths_of(low["params"]).items()}
     kinds = {path.split("/")[-1]: dtype for path, dtype in dtypes.items()}
     assert kinds["router_kernel"] == "float32" and kinds["gate_kernel"] == "bfloat16"
+
+
+@pytest.mark.parametrize("model", [small("float32"), mixture()], ids=["llama", "moe"])
+def test_texts_are_the_same_with_layers_apart(model):
+    variables = jax.device_put(drawn(model))
+    weights = Weights(variables, apart(variables))
+    num_layers = sum(stack.num_layers for stack in model.stacks)
+    assert len(jax.tree.leaves(weights.apart)) > num_layers * 6
+    jax.tree.map(np.testing.assert_array_equal, together(weights.apart), variables)
+    decoding, how = Decoding(model), {"max_tokens": 8, "temperature": 0.0}
+    expected = list(decoding.tokens(variables, [3, 1], **how))
+    assert list(decoding.tokens(weights, [3, 1], **how)) == expected
+    (found,) = BeamSearch(decoding).search(weights, [3, 1], num_beams=1, max_tokens=8)
+    assert list(found.tokens) == expected
+
+
+def test_layers_apart_are_no_copies():
+    variables = jax.device_put(drawn(small("float32")))
+    whole = variables["params"]["blocks"]["block"]["mlp"]["up"]["kernel"]
+    layers = apart(variables)["params"]["blocks"]["block"]["mlp"]["up"]["kernel"].layers
+    first = whole.unsafe_buffer_pointer()
+    assert [x.unsafe_buffer_pointer() - first for x in layers] == [0, whole[0].nbytes]
 
 
 @pytest.mark.parametrize("not_a_module", [object(), None])
