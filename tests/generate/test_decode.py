@@ -159,8 +159,9 @@ def test_rotations_and_windows_of_padded_rows():
         window_rope_theta=100.0,
         qk_norm=True,
     )
-    params = unbox(jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32)))
-    variables = jax.tree.map(lambda x: 6 * x, params)
+    shapes = unbox(jax.eval_shape(model.init, jax.random.key(1), jnp.zeros((1, 4), jnp.int32)))
+    random = np.random.default_rng(1)
+    variables = jax.tree.map(lambda x: jnp.float32(0.2 * random.normal(size=x.shape)), shapes)
     decoding, prompts = Decoding(model), [PROMPTS[2], PROMPTS[3]]
     settings = {"max_tokens": 20, "temperature": 0.0}
     alone = [list(decoding.tokens(variables, prompt, **settings)) for prompt in prompts]
