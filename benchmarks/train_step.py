@@ -46,10 +46,10 @@ class Worker:
         self.ready = self._answer()
         self.turns: list[dict[str, float]] = []
 
-    def turn(self, steps: int) -> None:
+    def turn(self, *numbers: int) -> None:
         assert self.process.stdin is not None
         began, before = time.perf_counter(), machine_cpu_s()
-        self.process.stdin.write(f"run {steps}\n")
+        self.process.stdin.write(f"run {' '.join(map(str, numbers))}\n")
         self.process.stdin.flush()
         took = self._answer()
         elsewhere = machine_cpu_s() - before - took["turn_cpu_s"]

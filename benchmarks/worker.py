@@ -9,8 +9,10 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from random import Random
+from typing import Any, NamedTuple
 
 
 class Turn:
@@ -51,3 +53,40 @@ def serve(ready: Mapping[str, Any], run: Callable[[int], None]) -> None:
 def say(answer: Mapping[str, Any]) -> None:
     """One line of JSON to whoever asked."""
     print(json.dumps(answer), flush=True)
+
+
+class Generation(NamedTuple):
+    """When each token came, and the tokens of each row."""
+
+    times: Sequence[float]
+    tokens: Sequence[Sequence[int]]
+
+
+def prompts(rows: int, length: int) -> list[list[int]]:
+    """Random tokens, the same on all sides."""
+    random = Random(length)
+    return [[random.randrange(256) for _ in range(length)] for _ in range(rows)]
+
+
+def serve_generation(
+    ready: Mapping[str, Any],
+    run: Callable[[int, int, int], Generation],
+    also: Callable[[], Mapping[str, Any]] = dict,
+) -> None:
+    """Answers with `ready` once, then times `run` for each line `run ROWS LENGTH TOKENS`.
+
+    Decoding is what lies between the first token and the last. Three tokens go untimed before: they
+    compile, and a process that slept has its memory to fetch again.
+    """
+    say(ready)
+    for line in sys.stdin:
+        rows, length, num_tokens = map(int, line.split()[1:])
+        turn = Turn()
+        run(rows, length, 3)
+        turn.begin()
+        began = time.perf_counter()
+        made = run(rows, length, num_tokens)
+        said = {"whole_s": time.perf_counter() - began}
+        steps_s = [b - a for a, b in pairwise(made.times)]
+        said |= {"decode_s": sum(steps_s), "steps_s": steps_s, "tokens": made.tokens}
+        say({**turn.end(), **said, **also()})

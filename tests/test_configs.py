@@ -20,15 +20,16 @@ from lmjax.sharding import Layout
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-# What a config hardly changes is proved with two of them by default, and with all if slow.
-FEW = pytest.mark.parametrize(
-    "smoke",
-    [
-        pytest.param(name, marks=() if name in ("moe", "shakespeare") else pytest.mark.slow)
-        for name in CONFIGS
-    ],
-    indirect=True,
-)
+
+
+def by_default(*names):
+    """What a config hardly changes is proved with these by default, and with all if slow."""
+    params = [
+        pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in CONFIGS
+    ]
+    return pytest.mark.parametrize("smoke", params, indirect=True)
+
+
 # Floating-point sums in another order, over a few updates of a small float32 model.
 TOLERANCE = 1e-5
 
@@ -78,18 +79,19 @@ def test_golden(smoke):
     )
 
 
+@by_default("moe", "shakespeare")
 def test_one_device_equals_eight(smoke, one_device):
     run = dataclasses.replace(smoke[1], layout=Layout(data=2, fsdp=2, tensor=2))
     np.testing.assert_allclose(losses(run, devices=jax.devices()[:8]), one_device, rtol=TOLERANCE)
 
 
-@FEW
+@by_default("moe")
 def test_microbatched_equals_whole(smoke, one_device):
     run = dataclasses.replace(smoke[1], microbatches=4)
     np.testing.assert_allclose(losses(run, devices=jax.devices()[:1]), one_device, rtol=TOLERANCE)
 
 
-@FEW
+@by_default("moe")
 def test_compiles_for_sixteen_devices(smoke):
     """No step runs: only the compiler sees them."""
     program = compile_run(smoke[1], devices=jax.devices())
@@ -124,7 +126,7 @@ class Failing:
         raise OSError("the disk is gone")
 
 
-@FEW
+@by_default("shakespeare")
 def test_resumed_equals_uninterrupted(smoke, tmp_path):
     """Bit for bit: losses, and the parameters at the end."""
     _, run, tree = smoke

@@ -16,7 +16,7 @@ from lmjax.config import build, from_dict
 from lmjax.convert import gguf_llama, shards
 from lmjax.convert.family import Family, Fields, numbers
 from lmjax.convert.gguf import write_gguf
-from lmjax.convert.imports import DTYPES, KEPT, ORIGINAL
+from lmjax.convert.imports import DTYPES, KEPT, ORIGINAL, VOCABULARIES
 from lmjax.convert.parts import Part, rows_of
 from lmjax.convert.settings import Settings
 from lmjax.convert.shards import Out
@@ -26,12 +26,15 @@ from lmjax.data.tokenizer import tokenizer_from_json
 from lmjax.engine.manifest import Damaged
 from lmjax.engine.stored import Stored, find, variables, verify
 from lmjax.errors import UserError, did_you_mean
+from lmjax.models.bert import Bert
 from lmjax.models.decoder import DecoderLM
+from lmjax.models.encoder_decoder import EncoderDecoderLM
 from lmjax.ops.rope import RopeScaling
 
 log = logging.getLogger("lmjax")
 
 SHARD_BYTES = 5 * 10**9
+Model = DecoderLM | EncoderDecoderLM | Bert
 
 
 def export_folder(
@@ -100,6 +103,7 @@ def export_gguf(
     family, fields = described(model)
     if family.model_type != "llama":
         raise UserError(f"the model is a {family.model_type}, and only llama is written as GGUF.")
+    assert isinstance(model, DecoderLM)  # as every Llama
     tokenizer = tokenizer_from_json(held["tokenizer"])
     about = gguf_llama.metadata(fields)
     words = gguf_llama.vocabulary_fields(tokenizer, fields["vocab_size"])
@@ -118,7 +122,7 @@ def export_gguf(
     return to
 
 
-def _whole(workdir: Path, step: int | None) -> tuple[Stored, Mapping[str, Any], DecoderLM]:
+def _whole(workdir: Path, step: int | None) -> tuple[Stored, Mapping[str, Any], Model]:
     """A checkpoint that is what was saved, its manifest and its model."""
     stored = find(workdir, step)[-1]
     if problems := verify(stored):
@@ -127,7 +131,7 @@ def _whole(workdir: Path, step: int | None) -> tuple[Stored, Mapping[str, Any], 
     return stored, held, built(workdir, held)
 
 
-def built(workdir: Path, held: Mapping[str, Any]) -> DecoderLM:
+def built(workdir: Path, held: Mapping[str, Any]) -> Model:
     """The model of a checkpoint's config; raises UserError where it has none."""
     node: Any = held.get("config")
     for name in ("task", "model"):
@@ -135,12 +139,14 @@ def built(workdir: Path, held: Mapping[str, Any]) -> DecoderLM:
     if not isinstance(node, dict):
         raise UserError(f"{workdir} has no task.model: it is no run of a language model.")
     model = build(from_dict(node))
-    if not isinstance(model, DecoderLM):
-        raise UserError(f"{workdir}: task.model is a {type(model).__name__}, and no decoder.")
+    if not isinstance(model, Model):
+        raise UserError(
+            f"{workdir}: task.model is a {type(model).__name__}, and no language model."
+        )
     return model
 
 
-def described(model: DecoderLM, *, like: str = "") -> tuple[Family, Fields]:
+def described(model: Model, *, like: str = "") -> tuple[Family, Fields]:
     """The family of a model, `like` where several compute the same, and its config.json.
 
     Raises UserError where the model that config.json means computes another function, with what is
@@ -228,7 +234,7 @@ def _write_around(
         if (workdir / ORIGINAL / name).is_file():
             shutil.copyfile(workdir / ORIGINAL / name, to / name)
     tokenizer = tokenizer_from_json(held["tokenizer"])
-    if not original:
+    if not any((to / name).is_file() for name in VOCABULARIES):
         write_tokenizer(tokenizer, to)
     settings.setdefault("eos_token_id", tokenizer.end_id)
     settings |= {**fields, "dtype": dtype, "torch_dtype": dtype}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.config import build, call, to_dict
-from lmjax.convert.vocabulary import tokenizer_of
+from lmjax.convert.vocabulary import tokenizer_of, within
 from lmjax.convert.weights import Weights, open_weights
 from lmjax.engine.state import paths_of
 from lmjax.engine.streamed import write_checkpoint
 from lmjax.errors import UserError, did_you_mean
+from lmjax.models.bert import Bert
 from lmjax.models.decoder import DecoderLM
+from lmjax.models.encoder_decoder import EncoderDecoderLM
 from lmjax.sharding import unbox
-from lmjax.tasks.causal_lm import CausalLM
 
 log = logging.getLogger("lmjax")
 
 ORIGINAL = "huggingface"  # a folder of the workdir: what the weights came with
-KEPT = (
-    "config.json",
-    "generation_config.json",
+OTHERS = ("config.json", "generation_config.json", "LICENSE")
+VOCABULARIES = (  # of any of which transformers makes a tokenizer
     "tokenizer.json",
-    "tokenizer_config.json",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+)
+KEPT = (
+    *OTHERS,
+    *VOCABULARIES,
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "LICENSE",
 )
 DTYPES = {"same": None, "float32": np.dtype(np.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
 
@@ -57,7 +64,7 @@ def import_folder(
 
     Raises:
       UserError: as `weights.open_weights`; where the workdir holds a run; where there is no
-        tokenizer.
+        tokenizer, or it is another model's.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}." + did_you_mean(dtype, DTYPES))
@@ -68,13 +75,10 @@ def import_folder(
     vocabulary = tokenizer_of(tokenizer, settings) if tokenizer else own_tokenizer()
     recorded = weights.family.recorded(settings, weights.products_dtype())
     model = build(recorded)
-    if vocabulary.vocab_size > model.vocab_size:
-        raise UserError(
-            f"the tokenizer has {vocabulary.vocab_size} ids, and the model only "
-            f"{model.vocab_size}: it belongs to another model. Give its own by --tokenizer."
-        )
+    vocabulary = within(vocabulary, model.vocab_size)
     check(model, weights)
-    config = to_dict(call(CausalLM, model=recorded))
+    task = weights.family.task
+    config = to_dict({"model": recorded} if task is None else call(task, model=recorded))
     about: dict[str, Any] = {
         "config": {"task": config},
         "tokenizer": vocabulary.to_json(),
@@ -100,13 +104,13 @@ def import_folder(
         about,
     )
     if source.is_dir():
-        _keep(source, workdir / ORIGINAL)
+        _keep(source, workdir / ORIGINAL, OTHERS if tokenizer else KEPT)
     (workdir / "tokenizer.json").write_text(about["tokenizer"], "utf-8")
     (workdir / "config.json").write_text(json.dumps(about["config"], indent=1) + "\n", "utf-8")
     return weights
 
 
-def check(model: DecoderLM, weights: Weights) -> None:
+def check(model: DecoderLM | EncoderDecoderLM | Bert, weights: Weights) -> None:
     """Raises UserError where the arrays are not those of the model, by path and shape."""
     wanted = abstract_params(model)
     made = {path: weights.shape(path) for path in weights.arrays}
@@ -119,15 +123,15 @@ def check(model: DecoderLM, weights: Weights) -> None:
         )
 
 
-def abstract_params(model: DecoderLM) -> dict[str, tuple[int, ...]]:
+def abstract_params(model: DecoderLM | EncoderDecoderLM | Bert) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's parameters, by path."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     made: Any = jax.eval_shape(model.init, jax.eval_shape(lambda: jax.random.key(0)), tokens)
     return {path: tuple(x.shape) for path, x in paths_of(unbox(made)["params"]).items()}
 
 
-def _keep(source: Path, to: Path) -> None:
+def _keep(source: Path, to: Path, names: Sequence[str]) -> None:
     to.mkdir()
-    for name in KEPT:
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, to / name)

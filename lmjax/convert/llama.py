@@ -1,4 +1,4 @@
-"""Llama, Mistral, Mixtral, Qwen 2 and 3 in Hugging Face's names.
+"""Llama, Mistral, Qwen 2 and 3 in Hugging Face's names.
 
 Source: `transformers.models`, modules of these names. Its products keep weights as [out, in], ours
 as [in, out]; queries, keys and values are three products, which ours join for each key-value head.
@@ -6,7 +6,7 @@ as [in, out]; queries, keys and values are three products, which ours join for e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,22 +18,20 @@ from lmjax.convert.family import Family, Fields
 from lmjax.convert.parts import Part, part
 from lmjax.convert.settings import Settings
 from lmjax.errors import UserError
-from lmjax.layers.moe import Moe
 from lmjax.models.decoder import DecoderLM
 from lmjax.models.llama import llama
 from lmjax.models.mistral import mistral
-from lmjax.models.moe import moe
 from lmjax.models.qwen import qwen
 
 BLOCK = "blocks/block"
 
 
 def attention(settings: Settings) -> dict[str, Any]:
-    """The arguments that `llama` and `moe` share."""
-    settings.require("hidden_act", "silu")
+    """The arguments that these families share."""
     settings.require("attention_bias", False)
     settings.require("mlp_bias", False)
     settings.require("quantization_config", None)
+    settings.require("partial_rotary_factor", 1.0, None)
     return {
         "num_layers": settings.integer("num_hidden_layers"),
         "dim": settings.integer("hidden_size"),
@@ -45,87 +43,67 @@ def attention(settings: Settings) -> dict[str, Any]:
     }
 
 
+def dense_model(settings: Settings) -> dict[str, Any]:
+    """Those of them with SwiGLU for an MLP."""
+    settings.require("hidden_act", "silu")
+    return {
+        **attention(settings),
+        "hidden": settings.integer("intermediate_size"),
+        "rope_theta": rope.theta(settings, 10_000.0),
+        "rope_scaling": rope.recorded_scaling(settings),
+        "tied": settings.boolean("tie_word_embeddings", False),
+        "epsilon": settings.number("rms_norm_eps", 1e-6),
+    }
+
+
 def recorded_llama(settings: Settings, dtype: Any) -> ConfigDict:
     """The model of a Llama's config.json."""
-    return call(
-        llama,
-        **attention(settings),
-        hidden=settings.integer("intermediate_size"),
-        rope_theta=rope.theta(settings, 10_000.0),
-        rope_scaling=rope.recorded_scaling(settings),
-        tied=settings.boolean("tie_word_embeddings", False),
-        epsilon=settings.number("rms_norm_eps", 1e-6),
-        dtype=dtype,
-    )
-
-
-def recorded_mixtral(settings: Settings, dtype: Any) -> ConfigDict:
-    """The model of a Mixtral's config.json."""
-    settings.require("tie_word_embeddings", False)
-    settings.require("sliding_window", None)
-    for name in ("rope_scaling", "rope_parameters"):
-        settings.part(name).require("rope_type", "default")
-    return call(
-        moe,
-        **attention(settings),
-        num_experts=settings.integer("num_local_experts", 8),
-        experts_per_token=settings.integer("num_experts_per_tok", 2),
-        expert_hidden=settings.integer("intermediate_size"),
-        rope_theta=rope.theta(settings, 1e6),
-        epsilon=settings.number("rms_norm_eps", 1e-5),
-        dtype=dtype,
-    )
+    return call(llama, **dense_model(settings), dtype=dtype)
 
 
 def recorded_mistral(settings: Settings, dtype: Any) -> ConfigDict:
     """The model of a Mistral's config.json."""
-    return call(
-        mistral,
-        **attention(settings),
-        hidden=settings.integer("intermediate_size"),
-        window=settings.get("sliding_window"),
-        rope_theta=rope.theta(settings, 10_000.0),
-        rope_scaling=rope.recorded_scaling(settings),
-        tied=settings.boolean("tie_word_embeddings", False),
-        epsilon=settings.number("rms_norm_eps", 1e-6),
-        dtype=dtype,
-    )
+    window = settings.get("sliding_window")
+    return call(mistral, **dense_model(settings), window=window, dtype=dtype)
 
 
 def recorded_qwen(kind: str, settings: Settings, dtype: Any) -> ConfigDict:
     """The model of a config.json of Qwen 2 ('qwen2') or 3."""
     window = settings.integer("sliding_window", 4096)
-    layers = window_layers(settings)
+    first, count = settings.integer("max_window_layers", 28), settings.integer("num_hidden_layers")
+    layers = (False,) * count
+    if settings.boolean("use_sliding_window", False):
+        layers = window_layers(settings, [i >= first for i in range(count)])
     return call(
         qwen,
-        **attention(settings),
-        hidden=settings.integer("intermediate_size"),
+        **dense_model(settings),
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         window=window if any(layers) else None,
         window_layers=layers if any(layers) else None,
-        rope_theta=rope.theta(settings, 10_000.0),
-        rope_scaling=rope.recorded_scaling(settings),
-        tied=settings.boolean("tie_word_embeddings", False),
-        epsilon=settings.number("rms_norm_eps", 1e-6),
         dtype=dtype,
     )
 
 
-def window_layers(settings: Settings) -> tuple[bool, ...]:
-    """For each layer of a Qwen whether its attention has the window."""
-    count = settings.integer("num_hidden_layers")
-    if not settings.boolean("use_sliding_window", False):
-        return (False,) * count
-    first = settings.integer("max_window_layers", 28)
-    kinds = ("sliding_attention", "full_attention")
-    named = settings.get("layer_types", [kinds[i < first] for i in range(count)])
-    if len(named) != count or not set(named) <= set(kinds):
+KINDS = ("full_attention", "sliding_attention")  # by whether a layer has the window
+
+
+def window_layers(settings: Settings, default: Sequence[bool]) -> tuple[bool, ...]:
+    """For each layer whether its attention has the window, `default` where they are not named."""
+    named = settings.get("layer_types", [KINDS[windowed] for windowed in default])
+    if not isinstance(named, list) or len(named) != len(default) or not set(named) <= set(KINDS):
         raise UserError(
-            f"{settings.source}: layer_types is {named!r:.200}, and should name {kinds[0]!r} or "
-            f"{kinds[1]!r} for each of {count} layers."
+            f"{settings.source}: layer_types is {named!r:.200}, and should name {KINDS[0]!r} or "
+            f"{KINDS[1]!r} for each of {len(default)} layers."
         )
-    return tuple(name == kinds[0] for name in named)
+    return tuple(name == KINDS[1] for name in named)
+
+
+def layer_types(model: DecoderLM) -> list[str]:
+    """The same, as config.json has it."""
+    heads, count = model.stacks[0].block.attention, model.stacks[0].num_layers
+    layers = heads.window_layers or (heads.window is not None,) * count
+    return [KINDS[windowed] for windowed in layers]
 
 
 def common(model: DecoderLM) -> Fields:
@@ -161,25 +139,12 @@ def fields_mistral(model: DecoderLM) -> Fields:
 
 def fields_qwen(model: DecoderLM) -> Fields:
     """config.json of a Qwen."""
-    heads, count = model.stacks[0].block.attention, model.stacks[0].num_layers
-    layers = heads.window_layers or (heads.window is not None,) * count
-    kinds = ["sliding_attention" if windowed else "full_attention" for windowed in layers]
+    kinds = layer_types(model)
     return {
         **common(model),
-        "use_sliding_window": any(layers),
-        "sliding_window": heads.window,
+        "use_sliding_window": KINDS[True] in kinds,
+        "sliding_window": model.stacks[0].block.attention.window,
         "layer_types": kinds,
-    }
-
-
-def fields_mixtral(model: DecoderLM) -> Fields:
-    """config.json of a Mixtral."""
-    mlp: Moe = model.stacks[0].block.mlp
-    return {
-        **common(model),
-        "num_local_experts": mlp.num_experts,
-        "num_experts_per_tok": mlp.experts_per_token,
-        "sliding_window": None,
     }
 
 
@@ -194,8 +159,16 @@ def head_dim(settings: Settings) -> int:
     return settings.integer("head_dim", shared)
 
 
-def parts(mlp: Callable[[Settings, int], list[Part]], settings: Settings) -> list[Part]:
-    """Where each tensor lies in the arrays of `lmjax.models.llama`, the MLP's from `mlp`."""
+NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+
+
+def parts(
+    mlp: Callable[[Settings, int], list[Part]],
+    settings: Settings,
+    *,
+    norms: Mapping[str, str] = NORMS,
+) -> list[Part]:
+    """Where each tensor lies in the arrays of `rotary_decoder`, the MLP's from `mlp`."""
     dim, vocab_size = settings.integer("hidden_size"), settings.integer("vocab_size")
     found = [
         part("model.embed_tokens.weight", "embed/table", (vocab_size, dim)),
@@ -204,10 +177,7 @@ def parts(mlp: Callable[[Settings, int], list[Part]], settings: Settings) -> lis
     if not settings.boolean("tie_word_embeddings", False):
         found.append(part("lm_head.weight", "unembed/table", (vocab_size, dim)))
     for layer in range(settings.integer("num_hidden_layers")):
-        for theirs, ours in (
-            ("input_layernorm", "attention_norm"),
-            ("post_attention_layernorm", "mlp_norm"),
-        ):
+        for theirs, ours in norms.items():
             name = f"model.layers.{layer}.{theirs}.weight"
             found.append(part(name, f"{BLOCK}/{ours}/scale", (dim,), at=(layer,)))
         found += attention_parts(settings, layer) + mlp(settings, layer)
@@ -215,7 +185,8 @@ def parts(mlp: Callable[[Settings, int], list[Part]], settings: Settings) -> lis
 
 
 def attention_parts(settings: Settings, layer: int) -> list[Part]:
-    """The four products of one layer's attention, Qwen 2's biases and Qwen 3's norms."""
+    """The four products of one layer's attention, with the biases and norms of some families."""
+    kind = settings.get("model_type")
     dim, K = settings.integer("hidden_size"), head_dim(settings)
     heads, G = settings.integer("num_attention_heads"), kv_heads(settings)
     R, prefix = heads // G, f"model.layers.{layer}.self_attn"
@@ -232,7 +203,7 @@ def attention_parts(settings: Settings, layer: int) -> list[Part]:
                 where=((0, dim), (0, G), (start, start + count), (0, K)),
             )
         )
-        if settings.get("model_type") == "qwen2":
+        if kind == "qwen2":
             found.append(
                 part(
                     f"{prefix}.{name}.bias",
@@ -243,7 +214,7 @@ def attention_parts(settings: Settings, layer: int) -> list[Part]:
                     where=((0, G), (start, start + count), (0, K)),
                 )
             )
-    if settings.get("model_type") == "qwen3":
+    if kind in ("qwen3", "qwen3_moe", "gemma3_text"):
         for name in ("q_norm", "k_norm"):
             path = f"{BLOCK}/attention/{name}/scale"
             found.append(part(f"{prefix}.{name}.weight", path, (K,), at=(layer,)))
@@ -275,28 +246,8 @@ def dense(settings: Settings, layer: int) -> list[Part]:
     ]
 
 
-def mixture(settings: Settings, layer: int) -> list[Part]:
-    """A router and its experts; in the files each expert's products are tensors of their own."""
-    dim, hidden = settings.integer("hidden_size"), settings.integer("intermediate_size")
-    experts, prefix = settings.integer("num_local_experts", 8), f"model.layers.{layer}"
-    path = f"{BLOCK}/mlp"
-    router = f"{prefix}.block_sparse_moe.gate.weight"
-    found = [part(router, f"{path}/router_kernel", (experts, dim), at=(layer,), axes=(1, 0))]
-    for expert in range(experts):
-        for theirs, ours in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
-            found.append(
-                part(
-                    f"{prefix}.block_sparse_moe.experts.{expert}.{theirs}.weight",
-                    f"{path}/{ours}_kernel",
-                    (dim, hidden) if ours == "down" else (hidden, dim),
-                    at=(layer, expert),
-                    axes=(1, 0),
-                )
-            )
-    return found
-
-
-def _family(model_type: str, architecture: str, **arguments: Any) -> Family:
+def family(model_type: str, architecture: str, **arguments: Any) -> Family:
+    """A family whose tensors are named as Llama's."""
     return Family(
         model_type=model_type,
         architecture=architecture,
@@ -307,35 +258,28 @@ def _family(model_type: str, architecture: str, **arguments: Any) -> Family:
     )
 
 
-LLAMA = _family(
+LLAMA = family(
     "llama",
     "LlamaForCausalLM",
     recorded=recorded_llama,
     fields=fields_llama,
     parts=partial(parts, dense),
 )
-MIXTRAL = _family(
-    "mixtral",
-    "MixtralForCausalLM",
-    recorded=recorded_mixtral,
-    fields=fields_mixtral,
-    parts=partial(parts, mixture),
-)
-MISTRAL = _family(
+MISTRAL = family(
     "mistral",
     "MistralForCausalLM",
     recorded=recorded_mistral,
     fields=fields_mistral,
     parts=partial(parts, dense),
 )
-QWEN2 = _family(
+QWEN2 = family(
     "qwen2",
     "Qwen2ForCausalLM",
     recorded=partial(recorded_qwen, "qwen2"),
     fields=fields_qwen,
     parts=partial(parts, dense),
 )
-QWEN3 = _family(
+QWEN3 = family(
     "qwen3",
     "Qwen3ForCausalLM",
     recorded=partial(recorded_qwen, "qwen3"),

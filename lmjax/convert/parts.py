@@ -39,6 +39,17 @@ class Tensor(Protocol):
         ...
 
 
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal to the bit; a block of each is in memory at a time."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    rows = one.shape[0] if one.shape else 1
+    step = max(1, BLOCK_BYTES // max(1, 4 * math.prod(one.shape[1:])))
+    cuts = ((start, min(rows, start + step)) for start in range(0, rows, step))
+    bits = ([t.rows(*cut).reshape(-1).view(np.uint8) for t in (one, other)] for cut in cuts)
+    return all(bool(np.array_equal(x, y)) for x, y in bits)
+
+
 @dataclass(frozen=True)
 class Part:
     """`ours[path][where] == theirs[tensor].reshape(split).transpose(axes)`, up to axes of size 1.

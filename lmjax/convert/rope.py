@@ -25,7 +25,12 @@ def theta(settings: Settings, default: float) -> float:
 def recorded_scaling(settings: Settings) -> ConfigDict | None:
     """The recorded change of the frequencies; raises UserError for a kind that we lack."""
     older, newer = settings.part("rope_scaling"), settings.part("rope_parameters")
-    given = older if older.fields else newer
+    return scaling_of(older if older.fields else newer, settings)
+
+
+def scaling_of(given: Settings, settings: Settings) -> ConfigDict | None:
+    """The same of the fields `given`, of the model of `settings`."""
+    given.require("partial_rotary_factor", 1.0, None)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return None
@@ -55,15 +60,33 @@ def recorded_scaling(settings: Settings) -> ConfigDict | None:
             truncate=given.boolean("truncate", True),
             **optional,
         )
+    known = ("default", "linear", "llama3", "yarn")
+    if kind in ("dynamic", "longrope", "su"):
+        raise UserError(
+            f"{given.source}: rope_type is {kind!r}, a rotation that changes with the length of "
+            "the text, so that what is cached of its beginning would no longer fit; lmjax has "
+            f"{', '.join(known)}. {_INSTEAD[kind == 'dynamic']}"
+        )
     raise UserError(
         f"{given.source}: rope_type is {kind!r}, which lmjax does not have."
-        + did_you_mean(str(kind), ["default", "linear", "llama3", "yarn"])
+        + did_you_mean(str(kind), known)
     )
+
+
+_INSTEAD = (
+    "Take a model that was trained with one of these.",
+    "Up to max_position_embeddings tokens it is the plain one: take it out, if those are enough.",
+)
 
 
 def fields(rope: Rope) -> dict[str, Any]:
     """The two fields of config.json."""
     return {"rope_theta": rope.theta, "rope_scaling": _scaling(rope.scaling)}
+
+
+def parameters(rope: Rope) -> dict[str, Any]:
+    """The newer field."""
+    return {"rope_theta": rope.theta, **(_scaling(rope.scaling) or {"rope_type": "default"})}
 
 
 def _scaling(scaling: Scaling | None) -> dict[str, Any] | None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lmjax.convert.settings import Settings
 from lmjax.core import Tokenizer
 from lmjax.data.pretrained import read_tokenizer
+from lmjax.data.subword import SubwordTokenizer
 from lmjax.errors import UserError
+
+log = logging.getLogger("lmjax")
 
 
 def tokenizer_of(path: Path, settings: Settings) -> Tokenizer:
@@ -25,6 +30,37 @@ def tokenizer_of(path: Path, settings: Settings) -> Tokenizer:
         names = _names(file)
         end = next((names[i] for i in settings.end_ids() if i in names), None)
     return read_tokenizer(str(path), end)
+
+
+def within(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """A tokenizer without the added tokens that a model of so many ids has no rows for.
+
+    Some are published so (Gemma 3's <image_soft_token>); in a text they are then text. Raises
+    UserError where the vocabulary itself, or what ends a document, is beyond.
+    """
+    if tokenizer.vocab_size <= vocab_size:
+        return tokenizer
+    tree = json.loads(getattr(tokenizer, "tokenizer_json", "{}"))
+    added = {token["id"]: token["content"] for token in tree.get("added_tokens", ())}
+    beyond = [added.get(i) for i in range(vocab_size, tokenizer.vocab_size)]
+    other = UserError(
+        f"the tokenizer has {tokenizer.vocab_size} ids, and the model only {vocab_size}: it "
+        "belongs to another model. Give its own by --tokenizer."
+    )
+    if not isinstance(tokenizer, SubwordTokenizer):
+        raise other
+    if None in beyond or tokenizer.end_id >= vocab_size:
+        raise other
+    log.warning("left out of the tokenizer, as the model has no rows for them: %s", beyond)
+    tree["added_tokens"] = [t for t in tree["added_tokens"] if t["id"] < vocab_size]
+    made = replace(
+        tokenizer,
+        tokenizer_json=json.dumps(tree, ensure_ascii=False),
+        vocab_size=vocab_size,
+        special_tokens=tuple((k, v) for k, v in tokenizer.special_tokens if v not in beyond),
+    )
+    made.check()
+    return made
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:

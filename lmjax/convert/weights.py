@@ -14,16 +14,35 @@ import numpy as np
 
 from lmjax.convert import gguf_llama, pickles, shards
 from lmjax.convert import parts as table
+from lmjax.convert.bert import BERT
 from lmjax.convert.family import Family
+from lmjax.convert.gemma import GEMMA2, GEMMA3
 from lmjax.convert.gpt2 import GPT2
-from lmjax.convert.llama import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3
+from lmjax.convert.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from lmjax.convert.mixtures import MIXTRAL, QWEN3_MOE
 from lmjax.convert.parts import Part, Tensor
 from lmjax.convert.settings import Settings
+from lmjax.convert.t5 import T5
 from lmjax.convert.vocabulary import tokenizer_of
 from lmjax.core import Tokenizer
 from lmjax.errors import UserError, did_you_mean
 
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        GPT2,
+        LLAMA,
+        MISTRAL,
+        MIXTRAL,
+        QWEN2,
+        QWEN3,
+        QWEN3_MOE,
+        GEMMA2,
+        GEMMA3,
+        T5,
+        BERT,
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +130,20 @@ def family_of(settings: Settings) -> Family:
     """The family that a config.json names."""
     model_type = settings.get("model_type", "")
     if model_type not in FAMILIES:
+        way = did_you_mean(str(model_type), FAMILIES)
+        if "text_config" in settings.fields:
+            way = " Save its text model alone, with a config.json of its own."
         raise UserError(
             f"{settings.source}: model_type is {model_type!r}, an architecture that lmjax cannot "
-            "convert." + did_you_mean(str(model_type), FAMILIES)
+            f"convert.{way}"
         )
     family = FAMILIES[model_type]
     named = settings.get("architectures", [family.architecture])
-    if not isinstance(named, list) or family.architecture not in named:
+    known = (family.architecture, *family.others)
+    if not isinstance(named, list) or not any(name in named for name in known):
         raise UserError(
             f"{settings.source}: architectures is {named!r}, and of {model_type} only "
-            f"{family.architecture} can be converted."
+            f"{', '.join(known)} can be converted."
         )
     return family
 
@@ -133,8 +156,10 @@ def checked(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Weights:
     """Weights whose tensors are those of the family's table, by name, shape and dtype."""
-    parts = family.parts(settings)
     tensors = {n: t for n, t in found.items() if not re.search(family.buffers, n)}
+    if family.arranged is not None:
+        settings, tensors = family.arranged(settings, tensors)
+    parts = family.parts(settings)
     if not any(name.startswith(family.prefix) for name in tensors):  # saved without its head
         bare = [name for name in tensors if not name.startswith("lm_head.")]
         tensors |= {f"{family.prefix}{name}": tensors.pop(name) for name in bare}
@@ -145,8 +170,9 @@ def checked(
             f"{source} lacks {_some(missing)}: {settings.source} asks for {missing[0]!r} of shape "
             f"{list(wanted[missing[0]].shape)}. Download the folder again, or correct config.json."
         )
-    if "lm_head.weight" in tensors and "lm_head.weight" not in wanted:
-        _check_tied(source, tensors.pop("lm_head.weight"), tensors[family.tied])
+    for name in (*family.copies, "lm_head.weight"):
+        if name in tensors and name not in wanted:
+            _check_tied(source, name, tensors.pop(name), tensors[family.tied])
     if extra := [name for name in tensors if name not in wanted]:
         raise UserError(
             f"{source} has {_some(extra)}, which no {family.model_type} of {settings.source} has: "
@@ -165,7 +191,7 @@ def checked(
     padded = {}
     for path, shape in shapes.items():
         has = table.shapes(arrays[path])[path] if path in arrays else ()
-        if path.endswith("/table") and shape[1:] == has[1:] and shape[0] > has[0]:
+        if path.endswith(("embed/table", "head/bias")) and shape[1:] == has[1:] and shape[0] > has[0]:
             padded[path] = tuple(shape)
     return Weights(
         source=source,
@@ -177,20 +203,12 @@ def checked(
     )
 
 
-def _check_tied(source: Path, head: Tensor, tied: Tensor) -> None:
+def _check_tied(source: Path, name: str, head: Tensor, tied: Tensor) -> None:
     """Raises UserError where a tied output layer is stored, and is another table."""
-    rows = head.shape[0] if head.shape else 1
-    same = head.shape == tied.shape and head.dtype == tied.dtype
-    step = max(1, table.BLOCK_BYTES // max(1, 4 * int(np.prod(head.shape[1:]))))
-    for start in range(0, rows if same else 0, step):
-        stop = min(rows, start + step)
-        one, other = (t.rows(start, stop).reshape(-1).view(np.uint8) for t in (head, tied))
-        same = same and bool(np.array_equal(one, other))
-    if not same:
+    if not table.same(head, tied):
         raise UserError(
-            f"{source}: its lm_head.weight is another table than the token embedding, and "
-            "config.json ties the two (tie_word_embeddings). Set that to false, or leave "
-            "lm_head.weight out."
+            f"{source}: its {name} is another table than the token embedding, and config.json "
+            f"ties the two (tie_word_embeddings). Set that to false, or leave {name} out."
         )
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmjax")
 
 _LISTED = 12  # of each kind of parameters, at most
+_VOCABULARY = r"embed/table$"  # paths of what has a row for each token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,8 @@ class Plan:
 
     Args:
       loaded: path -> the array's path in the checkpoint; those that are reshaped, too.
-      reshaped: path -> (the checkpoint's shape, this run's).
+      reshaped: path -> (the checkpoint's shape, this run's), which of a table of the vocabulary
+        may have more rows.
       left: what is initialised.
       unused: the checkpoint's parameters that nothing takes.
     """
@@ -135,14 +137,16 @@ def plan(warm: WarmStart, params: Mapping[str, Any], saved: Mapping[str, Any]) -
     reshaped, wrong = {}, []
     for path, source in found.items():
         has, wants = tuple(saved["arrays"][source]["shape"]), tuple(params[path].shape)
-        if math.prod(has) != math.prod(wants):
+        grows = re.search(_VOCABULARY, path) and has[1:] == wants[1:] and has[:1] < wants[:1]
+        if math.prod(has) != math.prod(wants) and not grows:
             wrong.append(f"{path} is {list(wants)}, and {source} of the checkpoint {list(has)}")
         elif has != wants:
             reshaped[path] = (has, wants)
     if wrong:
         raise UserError(
-            f"init_from: {warm.path} has other sizes: {_some(wrong)}. Make the model the same, or "
-            "leave these out by init_from.load."
+            f"init_from: {warm.path} has other sizes: {_some(wrong)}. Make the model the same "
+            "(of a table the rows, by vocab_size and vocab_multiple), or leave these out by "
+            "init_from.load."
         )
     taken = {warm.source(path) for path in found}
     return Plan(
@@ -261,7 +265,10 @@ class _Loaded:
             old = params[path]
             boxed = isinstance(old, Boxed)
             like = old.value if boxed else old
-            new = value.reshape(like.shape).astype(like.dtype)
+            if value.size == like.size:
+                new = value.reshape(like.shape).astype(like.dtype)
+            else:  # rows that the checkpoint's table lacks are initialised
+                new = like.at[: len(value)].set(value.astype(like.dtype))
             params[path] = old.replace_boxed(new) if boxed else new
         return {**variables, "params": unflatten_dict(params, sep="/")}
 

@@ -45,7 +45,10 @@ DRAWING = (TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED)
 
 
 def main(argv: list[str]) -> None:
-    """Prints each prompt and its continuation; that of one prompt as it comes."""
+    """Prints each prompt and its continuation; that of one prompt as it comes.
+
+    Of an encoder-decoder it prints what the model makes of the prompts, and not the prompts.
+    """
     absl_logging.set_verbosity(absl_logging.WARNING)
     prepare()
     from lmjax.generate.language_model import load
@@ -83,24 +86,25 @@ def _settings() -> dict[str, Any]:
 def _speak(lm: LanguageModel) -> None:
     """Prints what is asked for."""
     prompts = PROMPT.value
+    echoed = [""] * len(prompts) if lm.reads_source else prompts
     how: dict[str, Any] = {"max_tokens": MAX_TOKENS.value, "stop": STOP.value}
     if NUM_BEAMS.value:
         for number, prompt in enumerate(prompts):
             found = lm.search(
                 prompt, num_beams=NUM_BEAMS.value, length_penalty=LENGTH_PENALTY.value, **how
             )
-            texts = [f"{prompt}{text}\n[score {score:.3f}]" for text, score in found]
+            texts = [f"{echoed[number]}{text}\n[score {score:.3f}]" for text, score in found]
             print("\n" * (number > 0) + "\n\n".join(texts))
         return
     how |= {"seed": SEED.value, **_settings()}
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
+        print(echoed[0], end="", flush=True)
         for piece in lm.stream(prompts[0], **how):
             print(piece, end="", flush=True)
         print()
         return
     texts = lm.generate_batch(prompts, **how)
-    print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
+    print("\n\n".join(prompt + text for prompt, text in zip(echoed, texts, strict=True)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ K beams, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.core import Variables
+from lmjax.core import EncoderDecoder, Variables
 from lmjax.errors import UserError
 from lmjax.generate.decode import Decoding, as_weights, check_prompt, grow
 from lmjax.generate.sample import check_run
+from lmjax.generate.source import check_source
 from lmjax.generate.weights import Weights
 
 LARGEST_WIDTH = 1024  # beams; a cache of its own for each
@@ -79,12 +79,12 @@ class BeamSearch:
         if max_tokens == 0:
             return [Continuation(tokens=(), score=0.0)]
         tokens_1T, _ = self.decoding.padded([prompt], 1)
-        held = len(prompt)
-        size = max(self.decoding.cache_size(held), tokens_1T.shape[1])
+        size = self.decoding.room(tokens_1T, len(prompt))
         weights = as_weights(variables)
         candidates, cache = self._first(
-            weights.stacked, tokens_1T, jnp.int32(held), length=size, width=K
+            weights.stacked, tokens_1T, jnp.int32(len(prompt)), length=size, width=K
         )
+        held = self.decoding.begun(len(prompt))
         texts: list[tuple[int, ...]] = [()] * K
         kept: list[Continuation] = []
         for length in range(1, max_tokens + 1):
@@ -114,7 +114,7 @@ class BeamSearch:
             )
             missing = K - len(texts)  # of a vocabulary that has fewer tokens than there are beams
             texts += [()] * missing
-            if held == cache["key"].shape[2]:
+            if held == cache["key"].shape[3]:
                 cache = grow(cache, self.decoding.cache_size(held + 1))
             candidates, cache = self._next(
                 weights,
@@ -136,8 +136,9 @@ class BeamSearch:
         width: int,
     ) -> tuple[tuple[jax.Array, ...], Any]:
         logits_1V, cache = self.decoding.read(variables, tokens_1T, filled, None, size=length)
-        wide = functools.partial(jnp.repeat, repeats=width, axis=1)
-        cache = {name: wide(x) if x.ndim else x for name, x in cache.items()}
+        cache = {
+            name: jnp.repeat(x, width, axis=_rows(x)) if x.ndim else x for name, x in cache.items()
+        }
         return self._candidates(logits_1V, jnp.zeros((1,)), width), cache
 
     def _next_step(
@@ -148,8 +149,12 @@ class BeamSearch:
         token_K: jax.Array,
         totals_K: jax.Array,
     ) -> tuple[tuple[jax.Array, ...], Any]:
-        taken = functools.partial(jnp.take, indices=parents_K, axis=1)
-        cache = {name: taken(x) if x.ndim else x for name, x in cache.items()}
+        cache = {  # what is of the source is the same for all beams
+            name: jnp.take(x, parents_K, axis=_rows(x))
+            if x.ndim and not name.startswith("cross_")
+            else x
+            for name, x in cache.items()
+        }
         logits_KV, cache = self.decoding.step(weights, cache, token_K)
         return self._candidates(logits_KV, totals_K, len(token_K)), cache
 
@@ -174,6 +179,9 @@ class BeamSearch:
             raise UserError(f"num_beams is {num_beams}: must be from 1 to {LARGEST_WIDTH}.")
         if not -100 <= length_penalty <= 100:
             raise UserError(f"length_penalty is {length_penalty}: must be from -100 to 100.")
+        if isinstance(self.decoding.model, EncoderDecoder):
+            check_source(self.decoding.model, prompt, max_tokens)
+            return
         context = self.decoding.model.max_length
         if len(prompt) + max_tokens > context:
             raise UserError(
@@ -181,3 +189,8 @@ class BeamSearch:
                 f"model's context of {context}, which beam search cannot leave: set max_tokens to "
                 f"{max(context - len(prompt), 0)}, or shorten the prompt."
             )
+
+
+def _rows(x: jax.Array) -> int:
+    """Which axis of an array of a cache its rows are: [B], [B, S] or [L, B, G, S, K]."""
+    return 0 if x.ndim < 3 else 1

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.core import Decoder, Variables
+from lmjax.core import Decoder, EncoderDecoder, Variables
 from lmjax.errors import UserError
 from lmjax.generate.sample import Sampling, Settings, check_run, penalised, sample
+from lmjax.generate.source import check_source, read_source
 from lmjax.generate.weights import Weights, together, unrolled
 from lmjax.ops.losses import logits
 
@@ -32,12 +33,18 @@ class Decoding:
     lengths end at the same slot of the cache: what fills a shorter one up at its left is of another
     segment, and positions count from the row's own first token.
 
+    An encoder-decoder reads the prompt as its source; the text begins at its `start_id`, and cannot
+    leave the model's context.
+
     Args:
       smallest_cache: the first bucket.
     """
 
-    def __init__(self, model: Decoder, *, smallest_cache: int = SMALLEST_CACHE) -> None:
+    def __init__(
+        self, model: Decoder | EncoderDecoder, *, smallest_cache: int = SMALLEST_CACHE
+    ) -> None:
         self.model = model
+        self.reads_source = isinstance(model, EncoderDecoder)
         self.smallest_cache = smallest_cache
         self._read = jax.jit(self.read, static_argnames="size")
         self._step = jax.jit(self.step, donate_argnames="cache")
@@ -91,7 +98,12 @@ class Decoding:
         done = set() if done is None else done
         weights = as_weights(variables)
         context = self.model.max_length
-        views = [history[-context:] for history in histories]
+        if isinstance(self.model, EncoderDecoder):
+            for history in histories:
+                check_source(self.model, history, max_tokens)
+            views, histories = histories, [[self.model.start_id] for _ in histories]
+        else:
+            views = [history[-context:] for history in histories]
         rows = _bucket(len(prompts), 1)
         keys = _keys(np.pad(np.asarray(seeds, np.uint32), (0, rows - len(seeds))))
         if not prompts or max_tokens == 0:
@@ -101,7 +113,7 @@ class Decoding:
         for index in range(1, max_tokens + 1):
             current_B, ahead = token_B, index < max_tokens and held < context
             if ahead:  # the device goes on while this token is read
-                if held == cache["key"].shape[2]:
+                if held == cache["key"].shape[3]:
                     cache = grow(cache, self.cache_size(held + 1))
                 logits_BV, cache = self._step(weights, cache, token_B)
                 token_B, seen_BV = self._draw(logits_BV, seen_BV, keys, how, np.int32(index))
@@ -135,8 +147,11 @@ class Decoding:
     ) -> tuple[jax.Array, Any]:
         """The logits [B, V] after slot `filled - 1`, and a cache of `size` that holds the tokens.
 
-        Row b begins at slot start_B[b]; None for rows that all begin at the first.
+        Row b begins at slot start_B[b]; None for rows that all begin at the first. Of sources it is
+        the logits of the text's first token, and the cache holds its start.
         """
+        if isinstance(self.model, EncoderDecoder):
+            return read_source(self.model, variables, tokens_BT, filled, start_B, size=size)
         B, T = tokens_BT.shape
         cache, positions_BT = self.model.init_cache(B, size), None
         if start_B is not None:
@@ -163,6 +178,16 @@ class Decoding:
         """The length of the cache that serves `length` tokens."""
         return min(_bucket(length, self.smallest_cache), self.model.max_length)
 
+    def begun(self, length: int) -> int:
+        """How many slots of a cache a prompt of so many tokens fills: of a source, the start."""
+        return 1 if self.reads_source else length
+
+    def room(self, tokens_BT: np.ndarray, length: int) -> int:
+        """The length of the first cache for these prompts, which end at slot `length - 1`."""
+        if self.reads_source:
+            return self.cache_size(1)
+        return max(self.cache_size(length), tokens_BT.shape[1])
+
     def padded(self, tokens: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens_BT of a bucket's length, where rows begin): all end at the same slot."""
         longest = max(map(len, tokens))
@@ -175,7 +200,7 @@ class Decoding:
         return tokens_BT, start_B
 
     @functools.cached_property
-    def _unrolled(self) -> Decoder:
+    def _unrolled(self) -> Decoder | EncoderDecoder:
         return unrolled(self.model)
 
     def _start(
@@ -195,12 +220,12 @@ class Decoding:
             tokens_BT,
             np.int32(held),
             start_B if rows > 1 else None,
-            size=max(self.cache_size(held), tokens_BT.shape[1]),
+            size=self.room(tokens_BT, held),
         )
         seen_BV = np.zeros((rows, self.model.vocab_size), bool)
         for row, history in enumerate(histories):
             seen_BV[row, history] = True
-        return logits_BV, cache, jnp.asarray(seen_BV), held
+        return logits_BV, cache, jnp.asarray(seen_BV), self.begun(held)
 
     def _draw_step(
         self,
@@ -242,10 +267,10 @@ def grow(cache: Mapping[str, Any], length: int) -> dict[str, Any]:
             return rows
         if rows.ndim == 2:  # segments_BS: new slots are for tokens of the row's own
             return jnp.pad(rows, ((0, 0), (0, length - rows.shape[1])), constant_values=1)
-        room = length - rows.shape[2]  # rows_LBSGK
-        return jnp.pad(rows, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
+        room = length - rows.shape[3]  # rows_LBGSK
+        return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0)))
 
-    return {name: wider(x) for name, x in cache.items()}
+    return {name: x if name.startswith("cross_") else wider(x) for name, x in cache.items()}
 
 
 def _bucket(size: int, smallest: int) -> int:

@@ -11,10 +11,11 @@ from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmjax.annotations import shown
 from lmjax.config import build, from_dict
-from lmjax.core import Decoder, Variables
+from lmjax.core import Decoder, EncoderDecoder, Variables
 from lmjax.data.tokenizer import TextTokenizer, tokenizer_from_json
 from lmjax.engine.checkpoint import Checkpoints
 from lmjax.errors import UserError
@@ -38,9 +39,12 @@ DEFAULTS: Settings = {"temperature": 0.8, "top_k": 50}
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
-    """A decoder with its parameters and its tokenizer."""
+    """A decoder with its parameters and its tokenizer.
 
-    model: Decoder
+    Or an encoder-decoder: its prompts are sources, and their continuations what it makes of them.
+    """
+
+    model: Decoder | EncoderDecoder
     variables: Variables
     tokenizer: TextTokenizer
     decoding: Decoding
@@ -77,7 +81,7 @@ class LanguageModel:
             `sample.Sampling`.
         """
         ids = self.tokenizer.encode_prompt(prompt)
-        text = TextStream(self.tokenizer, ids, stop=stop)
+        text = TextStream(self.tokenizer, self._before(ids), stop=stop)
         drawing: Settings = {**DEFAULTS, **settings}
         tokens = self.decoding.tokens(
             self._weights(1),
@@ -114,7 +118,7 @@ class LanguageModel:
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each.")
         ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
-        texts = [TextStream(self.tokenizer, prompt, stop=stop) for prompt in ids]
+        texts = [TextStream(self.tokenizer, self._before(one), stop=stop) for one in ids]
         done: set[int] = set()
         drawing: Settings = {**DEFAULTS, **settings}
         for row, token in self.decoding.batch(
@@ -149,7 +153,7 @@ class LanguageModel:
         ids = self.tokenizer.encode_prompt(prompt)
 
         def read(tokens: Sequence[int]) -> TextStream:
-            text = TextStream(self.tokenizer, ids, stop=stop)
+            text = TextStream(self.tokenizer, self._before(ids), stop=stop)
             for token in tokens:
                 text.push(token)
             return text
@@ -171,8 +175,27 @@ class LanguageModel:
     def logits(self, text: str) -> jax.Array:
         """The logits after each token of a text, [T, V]; row t is of the token after token t."""
         tokens_1T = jnp.asarray(self.tokenizer.encode(text))[None]
-        output = self.model.apply(self.variables, tokens_1T)
+        output = self.decoder.apply(self.variables, tokens_1T)
         return logits(output.hidden_BTD, output.unembedding)[0]
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model; raises UserError where it is an encoder-decoder, which continues no text."""
+        if isinstance(self.model, EncoderDecoder):
+            raise UserError(
+                "the model is an encoder-decoder, which writes a text of a source: what is asked "
+                "for is of a text alone. Take a decoder."
+            )
+        return self.model
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether what it makes of a prompt is a text of its own, not the rest of one."""
+        return self.decoding.reads_source
+
+    def _before(self, ids: np.ndarray) -> np.ndarray:
+        """What of a prompt stands before the text that is generated."""
+        return ids[:0] if self.reads_source else ids
 
     @property
     def _end_id(self) -> int | None:

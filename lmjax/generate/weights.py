@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lmjax.core import Decoder, Variables
+from lmjax.core import Decoder, EncoderDecoder, Variables
 
 # Below this many rows a CPU multiplies in float32 (ops.matmul), and wants float32 weights for it.
 FEW_ROWS = 8
@@ -74,12 +74,12 @@ def together(variables: Any) -> Variables:
     )
 
 
-def unrolled(model: Decoder) -> Decoder:
+def unrolled(model: Decoder | EncoderDecoder) -> Decoder | EncoderDecoder:
     """The same model without loops over layers, if it has any."""
     return _with_field(model, "unroll", _ALL) if isinstance(model, nn.Module) else model
 
 
-def product_dtype(model: Decoder) -> str:
+def product_dtype(model: Decoder | EncoderDecoder) -> str:
     """The dtype of the model's products, "float32" where its modules are not of one mind."""
     dtypes = set(_fields(model, "dtype"))
     return str(dtypes.pop()) if len(dtypes) == 1 else "float32"

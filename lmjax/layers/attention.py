@@ -24,7 +24,7 @@ from lmjax.sharding import shard
 
 
 class Attention(nn.Module):
-    """Causal self-attention: softmax(q k^T / sqrt(K)) v, projected back to D.
+    """Self-attention: softmax(q k^T / sqrt(K)) v, projected back to D.
 
     Source: Vaswani et al., arXiv:1706.03762, section 3.2; grouped heads: Ainslie et al.,
     arXiv:2305.13245. The projections to queries, keys and values are one kernel
@@ -44,6 +44,9 @@ class Attention(nn.Module):
       window_rope: the rotation of those layers; `rope` where not given.
       softcap: bound of the scores (Gemma 2, arXiv:2408.00118, section 2).
       query_scale: factor of the scores in the place of 1/sqrt(K).
+      causal: a token sees itself and those before it; if not, all of its segment.
+      query_std: standard deviation of the initialisation of the product into queries; `init_std`
+        where not given.
     """
 
     dim: int
@@ -65,6 +68,8 @@ class Attention(nn.Module):
     window_rope: Rope | None = None
     softcap: float | None = None
     query_scale: float | None = None
+    causal: bool = True
+    query_std: float | None = None
 
     @nn.compact
     def __call__(
@@ -75,12 +80,14 @@ class Attention(nn.Module):
         segments_BT: jax.Array | None = None,
         cache: Any = None,
         layer: jax.Array | None = None,
+        bias_HTS: jax.Array | None = None,
         train: bool = False,
     ) -> tuple[jax.Array, Any]:
         """Attends within x, and to what the cache of this layer holds; returns (y_BTD, cache).
 
         `positions_BT` count from 0, and on from the cache, where they are not given. Segments of
-        cached tokens are those of the cache, `segments` [B, S], if it has any.
+        cached tokens are those of the cache, `segments` [B, S], if it has any. `bias_HTS` is added
+        to the scores, S being what the cache has room for, if there is one.
         """
         B, T, _ = x_BTD.shape
         G, R, K = self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim
@@ -90,6 +97,7 @@ class Attention(nn.Module):
             use_bias=self.use_bias,
             init_std=self.init_std,
             dtype=self.dtype,
+            kernel_init=self._qkv_init(),
             name="qkv",
         )(x_BTD)
         q_BTHK = qkv_BTGRK[:, :, :, :R].reshape(B, T, G * R, K)
@@ -109,10 +117,11 @@ class Attention(nn.Module):
             q_BTHK *= self.query_scale * math.sqrt(K)
         see = partial(
             attention,
-            causal=True,
+            causal=self.causal,
             window=window,
             windowed=windowed,
             softcap=self.softcap,
+            bias_HTS=bias_HTS,
             dtype=self.dtype,
         )
         if cache is None:
@@ -131,13 +140,14 @@ class Attention(nn.Module):
             layer, offset = layer + self.first_layer, cache["length"]
             cache = dict(cache)
             for name, new in (("key", k_BTGK), ("value", v_BTGK)):
-                rows_LBSGK = cache[name]
-                start = (layer, 0, offset, 0, 0)
-                cache[name] = jax.lax.dynamic_update_slice(
-                    rows_LBSGK, new.astype(rows_LBSGK.dtype)[None], start
-                )
-            k_BSGK = jax.lax.dynamic_index_in_dim(cache["key"], layer, keepdims=False)
-            v_BSGK = jax.lax.dynamic_index_in_dim(cache["value"], layer, keepdims=False)
+                rows_LBGSK = cache[name]
+                new_1BGTK = jnp.swapaxes(new, 1, 2).astype(rows_LBGSK.dtype)[None]
+                start = (layer, 0, 0, offset, 0)
+                cache[name] = jax.lax.dynamic_update_slice(rows_LBGSK, new_1BGTK, start)
+            k_BSGK, v_BSGK = (
+                jnp.swapaxes(jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False), 1, 2)
+                for name in ("key", "value")
+            )
             segments_BT, segments_BS = None, cache.get("segments")
             if segments_BS is not None:  # rows of unequal prompts: what pads them is another one
                 segments_BT = jax.lax.dynamic_slice_in_dim(segments_BS, offset, T, axis=1)
@@ -160,6 +170,15 @@ class Attention(nn.Module):
         )(named(y_BTHK, "attention"))
         return y_BTD, cache
 
+    def _qkv_init(self) -> nn.initializers.Initializer | None:
+        """The initialisation of the kernel [D, G, R + 2, K] where queries start on their own."""
+        if self.query_std is None:
+            return None
+        R = self.num_heads // self.num_kv_heads
+        stds = jnp.array([self.query_std] * R + [self.init_std] * 2)
+        normal = nn.initializers.normal(1.0)
+        return lambda key, shape, dtype: normal(key, shape, dtype) * stds[None, None, :, None]
+
     def _window(self, layer: jax.Array | None) -> tuple[int | None, jax.Array | None]:
         """(the window, whether it holds in this layer if that differs between layers)."""
         if self.window is None or self.window_layers is None or all(self.window_layers):
@@ -180,8 +199,12 @@ class Attention(nn.Module):
         return partial(rotate, rope=rope, other=self.window_rope, use_other=windowed)
 
     def init_cache(self, num_layers: int, batch_size: int, length: int) -> dict[str, jax.Array]:
-        """Room for `length` tokens of all layers; `length` in it counts those that it holds."""
-        shape = (num_layers, batch_size, length, self.num_kv_heads, self.head_dim)
+        """Room for `length` tokens of all layers; `length` in it counts those that it holds.
+
+        Keys and values are [L, B, G, S, K]: the tokens of a head lie together, as products over
+        them read them, which on a CPU would else copy the whole cache at each token.
+        """
+        shape = (num_layers, batch_size, self.num_kv_heads, length, self.head_dim)
         dtype = activation_dtype(self.dtype)
         return {
             "key": jnp.zeros(shape, dtype),
@@ -192,8 +215,8 @@ class Attention(nn.Module):
     def flop_per_token(self, length: int) -> tuple[float, float]:
         """FLOP of one token's forward pass, the mean over a context of `length`: (causal, full).
 
-        In layers with a window the full one counts as many keys for each token as the last one
-        sees, and in a stack of unlike layers it is their mean.
+        Without `causal` both are the full one. In layers with a window the full one counts as many
+        keys for each token as the last one sees, and in a stack of unlike layers it is their mean.
         """
         inner = self.num_heads * self.head_dim
         kernels = self.dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
@@ -204,6 +227,8 @@ class Attention(nn.Module):
         seen = near * (near + 1) / 2 + (length - near) * near
         causal = share * seen / length + (1 - share) * (length + 1) / 2
         full = share * near + (1 - share) * length
+        if not self.causal:
+            causal = full
         return 2.0 * kernels + 4.0 * inner * causal, 2.0 * kernels + 4.0 * inner * full
 
 

@@ -85,6 +85,26 @@ class Unembed(nn.Module):
         return Unembedding(table_VD, self.vocab_size, self.dtype, self.softcap)
 
 
+class TokenTypes(nn.Module):
+    """A learned vector for each kind of token: of the first text of a pair, of the second.
+
+    Source: the segment embeddings of Devlin et al. (BERT), arXiv:1810.04805, figure 2.
+    """
+
+    num_types: int
+    dim: int
+    init_std: float = 0.02
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, types_BT: jax.Array) -> jax.Array:
+        """Shapes: [B, T] -> [B, T, D]."""
+        init = nn.initializers.normal(self.init_std)
+        shape, axes = (self.num_types, self.dim), ("token_types", "embed")
+        table_ND = sharding.param(self, "table", init, shape, axes)
+        return lookup(table_ND, types_BT, rows="token_types", dtype=activation_dtype(self.dtype))
+
+
 class LearnedPositions(nn.Module):
     """A learned vector for each position up to `max_length`."""
 

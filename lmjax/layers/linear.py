@@ -25,6 +25,7 @@ class Linear(nn.Module):
       axes: names of the kernel's axes, inputs first.
       in_dims: how many axes of x are contracted.
       init_std: standard deviation of the normal initialisation; biases start at zero.
+      kernel_init: in the place of that.
       dtype: of the operands; accumulation is in float32.
     """
 
@@ -34,14 +35,15 @@ class Linear(nn.Module):
     use_bias: bool = True
     init_std: float = 0.02
     dtype: str = "float32"
+    kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Shapes: [..., *in] -> [..., *features]."""
         shape = (*x.shape[-self.in_dims :], *self.features)
-        kernel = sharding.param(
-            self, "kernel", nn.initializers.normal(self.init_std), shape, self.axes
-        )
+        normal = nn.initializers.normal(self.init_std)
+        init = normal if self.kernel_init is None else self.kernel_init
+        kernel = sharding.param(self, "kernel", init, shape, self.axes)
         product = partial(
             matmul,
             dtype=self.dtype,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 from flax import linen as nn
 
 from lmjax.core import Mean
 from lmjax.layers.linear import Linear
-from lmjax.ops.activations import gelu, swiglu
+from lmjax.ops.activations import gelu, gelu_erf, swiglu
 from lmjax.sharding import shard
 
 
@@ -15,6 +17,49 @@ class GeluMlp(nn.Module):
     """gelu(x W1 + b1) W2 + b2.
 
     Source: Vaswani et al., arXiv:1706.03762, equation 2, with the GELU of arXiv:1606.08415.
+
+    Args:
+      out_std: standard deviation of the initialisation of W2.
+      form: of GELU: 'tanh', its approximation (GPT-2), or 'erf', what it approximates (BERT).
+    """
+
+    dim: int
+    hidden: int
+    init_std: float = 0.02
+    out_std: float = 0.02
+    dtype: str = "float32"
+    form: Literal["tanh", "erf"] = "tanh"
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
+        """Returns (y_BTD, {}): a dense MLP has nothing beside its output to report."""
+        h_BTF = Linear(
+            features=(self.hidden,),
+            axes=("embed", "mlp"),
+            init_std=self.init_std,
+            dtype=self.dtype,
+            name="up",
+        )(x_BTD)
+        activation = gelu if self.form == "tanh" else gelu_erf
+        h_BTF = activation(shard(h_BTF, "batch", "length", "act_mlp"), dtype=self.dtype)
+        y_BTD = Linear(
+            features=(self.dim,),
+            axes=("mlp", "embed"),
+            init_std=self.out_std,
+            dtype=self.dtype,
+            name="down",
+        )(h_BTF)
+        return y_BTD, {}
+
+    def flop_per_token(self) -> float:
+        """FLOP of one token's forward pass."""
+        return 4.0 * self.dim * self.hidden
+
+
+class ReluMlp(nn.Module):
+    """relu(x W1) W2, without biases.
+
+    Source: Raffel et al. (T5), arXiv:1910.10683, section 2.1.
 
     Args:
       out_std: standard deviation of the initialisation of W2.
@@ -32,19 +77,12 @@ class GeluMlp(nn.Module):
         h_BTF = Linear(
             features=(self.hidden,),
             axes=("embed", "mlp"),
+            use_bias=False,
             init_std=self.init_std,
             dtype=self.dtype,
             name="up",
         )(x_BTD)
-        h_BTF = gelu(shard(h_BTF, "batch", "length", "act_mlp"), dtype=self.dtype)
-        y_BTD = Linear(
-            features=(self.dim,),
-            axes=("mlp", "embed"),
-            init_std=self.out_std,
-            dtype=self.dtype,
-            name="down",
-        )(h_BTF)
-        return y_BTD, {}
+        return _down(self, jax.nn.relu(shard(h_BTF, "batch", "length", "act_mlp"))), {}
 
     def flop_per_token(self) -> float:
         """FLOP of one token's forward pass."""
@@ -120,7 +158,7 @@ def _gate_and_up(mlp: SwiGlu | GeGlu, x_BTD: jax.Array) -> tuple[jax.Array, jax.
     return gate_BTF, shard(up_BTF, "batch", "length", "act_mlp")
 
 
-def _down(mlp: SwiGlu | GeGlu, h_BTF: jax.Array) -> jax.Array:
+def _down(mlp: SwiGlu | GeGlu | ReluMlp, h_BTF: jax.Array) -> jax.Array:
     """The product out of the hidden units, likewise."""
     return Linear(
         features=(mlp.dim,),

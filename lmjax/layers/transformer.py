@@ -13,7 +13,9 @@ from flax.core import Scope
 
 from lmjax import sharding
 from lmjax.core import Mean
+from lmjax.errors import UserError
 from lmjax.layers.attention import Attention
+from lmjax.layers.cross_attention import CrossAttention
 from lmjax.layers.dropout import Dropout
 from lmjax.layers.pipeline import pipelined
 from lmjax.layers.remat import Remat, named, rule
@@ -21,10 +23,13 @@ from lmjax.sharding import shard
 
 
 class Block(nn.Module):
-    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), dropout on both branches.
+    """x + attention(norm(x)), then x + mlp(norm(x)), dropout on both branches.
 
-    What a branch adds may be normalised once more (`attention_post_norm`, `mlp_post_norm`), as in
-    Gemma 2, arXiv:2408.00118, section 2.
+    With `cross_attention`, x + cross_attention(norm(x), memory) comes between the two: a decoder's
+    block, whose memory is what the encoder made of the source. Without `norm_first` it is norm(x +
+    attention(x)), then norm(x + mlp(x)), as in Vaswani et al., arXiv:1706.03762, section 3.1, and
+    BERT. What a branch adds may be normalised once more (`attention_post_norm`, `mlp_post_norm`),
+    as in Gemma 2, arXiv:2408.00118, section 2.
 
     What lies between the products, norms and residual stream, is split along the length over
     `tensor` too; the products gather and scatter it (Korthikanti et al., arXiv:2205.05198, section
@@ -38,6 +43,9 @@ class Block(nn.Module):
     dropout: float = 0.0
     attention_post_norm: nn.Module | None = None
     mlp_post_norm: nn.Module | None = None
+    norm_first: bool = True
+    cross_norm: nn.Module | None = None
+    cross_attention: CrossAttention | None = None
 
     @nn.compact
     def __call__(
@@ -48,22 +56,46 @@ class Block(nn.Module):
         segments_BT: jax.Array | None = None,
         cache: Any = None,
         layer: jax.Array | None = None,
+        memory_BMD: jax.Array | None = None,
+        memory_segments_BM: jax.Array | None = None,
+        bias_HTS: jax.Array | None = None,
         train: bool = False,
     ) -> tuple[jax.Array, Any, dict[str, Mean]]:
-        """Returns (x_BTD, cache, aux); aux is what the MLP reports beside its output."""
+        """Returns (x_BTD, cache, aux); aux is what the MLP reports beside its output.
+
+        The memory and its segments are for the cross-attention, `bias_HTS` for the scores of the
+        other one.
+        """
         x_BTD = named(x_BTD, "block")
+        before = (lambda norm, x: _split(norm(x))) if self.norm_first else (lambda norm, x: x)
+        after = (lambda norm, x: x) if self.norm_first else (lambda norm, x: _split(norm(x)))
         y_BTD, cache = self.attention(
-            _split(self.attention_norm(x_BTD)),
+            before(self.attention_norm, x_BTD),
             positions_BT=positions_BT,
             segments_BT=segments_BT,
             cache=cache,
             layer=layer,
             train=train,
+            bias_HTS=bias_HTS,
         )
         x_BTD += self._branch(y_BTD, self.attention_post_norm, train)
-        y_BTD, aux = self.mlp(_split(self.mlp_norm(x_BTD)))
+        x_BTD = after(self.attention_norm, x_BTD)
+        if self.cross_attention is not None:
+            assert self.cross_norm is not None  # it has one, as every branch
+            y_BTD, cache = self.cross_attention(
+                before(self.cross_norm, x_BTD),
+                memory_BMD=memory_BMD,
+                segments_BT=segments_BT,
+                memory_segments_BM=memory_segments_BM,
+                cache=cache,
+                layer=layer,
+                train=train,
+            )
+            x_BTD += self._branch(y_BTD, None, train)
+            x_BTD = after(self.cross_norm, x_BTD)
+        y_BTD, aux = self.mlp(before(self.mlp_norm, x_BTD))
         x_BTD += self._branch(y_BTD, self.mlp_post_norm, train)
-        return _split(x_BTD), cache, aux
+        return _split(after(self.mlp_norm, x_BTD)), cache, aux
 
     def _branch(self, y_BTD: jax.Array, norm: nn.Module | None, train: bool) -> jax.Array:
         """What a branch adds to the residual stream."""
@@ -73,7 +105,10 @@ class Block(nn.Module):
         return Dropout(self.dropout)(y_BTD, train=train)
 
     def flop_per_token(self, length: int) -> tuple[float, float]:
-        """FLOP of one token's forward pass: (causal attention, full attention)."""
+        """FLOP of one token's forward pass: (causal attention, full attention).
+
+        What a cross-attention costs depends on its memory too: see `CrossAttention.flop`.
+        """
         causal, full = self.attention.flop_per_token(length)
         return causal + self.mlp.flop_per_token(), full + self.mlp.flop_per_token()
 
@@ -81,7 +116,8 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """`num_layers` blocks of the same shape, their parameters stacked on a leading axis.
 
-    On a mesh with several stages and without a cache they run as a pipeline (`layers.pipeline`).
+    On a mesh with several stages and without a cache they run as a pipeline (`layers.pipeline`),
+    unless there is a memory or a bias of scores, which no pipeline takes along: an error.
     The numbers are those of the loop, but for dropout, which draws other masks, and for what the
     MLP's aux measures of a microbatch as a whole.
 
@@ -108,10 +144,31 @@ class Stack(nn.Module):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         cache: Any = None,
+        memory_BMD: jax.Array | None = None,
+        memory_segments_BM: jax.Array | None = None,
+        bias_HTS: jax.Array | None = None,
         train: bool = False,
     ) -> tuple[jax.Array, Any, dict[str, Mean]]:
-        """Returns (x_BTD, cache, aux), the Means of aux added over the layers."""
+        """Returns (x_BTD, cache, aux), the Means of aux added over the layers.
+
+        The memory, its segments and the bias are the same for all layers, see `Block`.
+        """
+        also = {
+            name: x
+            for name, x in (
+                ("memory_BMD", memory_BMD),
+                ("memory_segments_BM", memory_segments_BM),
+                ("bias_HTS", bias_HTS),
+            )
+            if x is not None
+        }
         if cache is None and sharding.pipeline().stages > 1 and not self.is_initializing():
+            if also:
+                raise UserError(
+                    f"the mesh has stage={sharding.pipeline().stages}, and layers with a relative "
+                    "position bias or cross-attention do not run as a pipeline: set stage=1, and "
+                    "split the model by fsdp or tensor."
+                )
             along = {"positions_BT": positions_BT, "segments_BT": segments_BT}
             x_BTD, aux = self._pipelined(x_BTD, along, train)
             return x_BTD, None, aux
@@ -125,6 +182,7 @@ class Stack(nn.Module):
                 cache=cache,
                 layer=layer,
                 train=train,
+                **also,
             )
             return (x_BTD, cache), aux
 

@@ -27,7 +27,7 @@ from lmjax.layers.moe import Moe, Routing, Scores
 from lmjax.layers.transformer import Remat
 from lmjax.models.decoder import DecoderLM, check_sizes
 from lmjax.models.llama import INIT_STD, Departures, Dtype, rotary_decoder
-from lmjax.ops.rope import Rope
+from lmjax.ops.rope import Rope, Scaling
 
 
 def moe(
@@ -50,6 +50,7 @@ def moe(
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
     rope_theta: float = 10_000.0,
+    rope_scaling: Scaling | None = None,
     epsilon: float = 1e-5,
     qk_norm: bool = False,
     vocab_multiple: int = 1,
@@ -125,7 +126,7 @@ def moe(
         head_dim=head_dim,
         vocab_size=vocab_size,
         max_length=max_length,
-        rope=Rope(theta=rope_theta),
+        rope=Rope(theta=rope_theta, scaling=rope_scaling),
         tied=False,
         epsilon=epsilon,
         vocab_multiple=vocab_multiple,

@@ -46,6 +46,39 @@ def _gate(x: jax.Array) -> jax.Array:
 _gelu.defvjp(_gelu_fwd, _gelu_bwd)
 
 
+def gelu_erf(x: jax.Array, *, dtype: str = "float32") -> jax.Array:
+    """Gaussian error linear unit as it is defined, x Phi(x), as BERT has it.
+
+    Source: Hendrycks & Gimpel, arXiv:1606.08415, section 2; Phi(x) = (1 + erf(x / sqrt 2)) / 2.
+    Only x is kept for the backward, rounded to `dtype`; the result has the dtype of x.
+    """
+    return _gelu_erf(x, jnp.dtype(dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gelu_erf(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    return (x32 * _normal_cdf(x32)).astype(x.dtype)
+
+
+def _gelu_erf_fwd(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    return _gelu_erf(x, dtype), x.astype(dtype)
+
+
+def _gelu_erf_bwd(dtype: jnp.dtype, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    x32 = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * x32 * x32) / math.sqrt(2 * math.pi)
+    dx = dy.astype(jnp.float32) * (_normal_cdf(x32) + x32 * density)
+    return (dx.astype(dy.dtype),)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * jax.lax.erfc(-x * math.sqrt(0.5))
+
+
+_gelu_erf.defvjp(_gelu_erf_fwd, _gelu_erf_bwd)
+
+
 def swiglu(gate: jax.Array, up: jax.Array, *, dtype: str = "float32") -> jax.Array:
     """silu(gate) * up, silu(x) = x * sigmoid(x).
 

@@ -34,12 +34,13 @@ def attention(
     window: int | None = None,
     windowed: jax.Array | None = None,
     softcap: float | None = None,
+    bias_HTS: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
     dtype: str = "float32",
     implementation: Implementation = "auto",
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K) + mask) v, as out_BTHK; a query that sees no key gets zeros.
+    """softmax(q k^T / sqrt(K) + bias + mask) v, as out_BTHK; a query that sees no key gets zeros.
 
     Source: Vaswani et al., arXiv:1706.03762, equation 1; grouped heads: Ainslie et al.,
     arXiv:2305.13245; windows: Mistral, arXiv:2310.06825, section 2; soft-caps: Gemma 2,
@@ -50,13 +51,14 @@ def attention(
       window: it sees keys j > q_offset + i - window only; needs `causal`.
       windowed: a bool on the device, for layers in a loop: whether the window holds.
       softcap: scores s become softcap * tanh(s / softcap) before the softmax.
+      bias_HTS: float32, is added to all rows' scores, after the soft-cap.
       q_offset: index among the keys of the first query, a scalar or one per row; in decoding, how
         many tokens the cache held before these. Slots after the last query are thus unseen.
       segments_q_BT, segments_kv_BS: a query sees keys of its own segment only; give both. The
         smallest int32 is no segment: kernels need it for keys that are not filled.
       kv_length: how many of the keys are filled, a scalar or one per row.
-      implementation: "auto" takes, for queries and keys of the same positions, the ring over the
-        mesh axis `context` where it has more than one device, the splash kernel on a TPU (no
+      implementation: "auto" takes, for queries and keys of the same positions and no bias, the ring
+        over the mesh axis `context` where it has more than one device, the splash kernel on a TPU (no
         dropout, 128 tokens or more) and cuDNN's flash attention on a GPU (bf16 or fp16, no
         dropout or soft-cap); else our own gradient on a CPU (no soft-cap), and plain XLA elsewhere.
 
@@ -75,9 +77,12 @@ def attention(
     out_dtype, operand = activation_dtype(dtype), jnp.dtype(dtype)
     aligned = isinstance(q_offset, int) and q_offset == 0
     if implementation == "auto":
-        implementation = _choose(q_BTHK, k_BSGK, aligned, dropout_rate, softcap, dtype)
+        plain = aligned and bias_HTS is None
+        implementation = _choose(q_BTHK, k_BSGK, plain, dropout_rate, softcap, dtype)
     q, k, v = q_BTHK, k_BSGK, v_BSGK
     if implementation in ("cudnn", "splash", "ring"):
+        if bias_HTS is not None:
+            raise ValueError(f"{implementation} attention knows no bias: use 'auto'")
         _check_kernel(implementation, q, k, aligned, dropout_rate, softcap)
         segments = _segments(q, k, segments_q_BT, segments_kv_BS, kv_length)
         if implementation == "ring":
@@ -127,12 +132,13 @@ def attention(
         rest = iter(given)
         mask = None if mask_BTS is None else next(rest)
         keep = None if keep_BHTS is None else next(rest)
+        bias = None if bias_HTS is None else next(rest)
         if not on_cpu:
-            out = _attention_xla(q, k, v, mask, keep, keep_scale, softcap, operand)
+            out = _attention_xla(q, k, v, mask, keep, bias, keep_scale, softcap, operand)
             return out.astype(out_dtype)
         k, v = (jnp.repeat(x, H // G, axis=2) if H > G else x for x in (k, v))
         return attention_cpu.attention(
-            q, k, v, mask, keep, keep_scale, operand, triangular=triangular
+            q, k, v, mask, keep, bias, keep_scale, operand, triangular=triangular
         )
 
     arrays: list[tuple[jax.Array, Names]] = [(q, _QUERIES), (k, _KEYS), (v, _KEYS)]
@@ -140,6 +146,8 @@ def attention(
         arrays.append((mask_BTS, (None if mask_BTS.shape[0] == 1 else "batch", None, None)))
     if keep_BHTS is not None:
         arrays.append((keep_BHTS, ("batch", "act_heads", None, None)))
+    if bias_HTS is not None:
+        arrays.append((bias_HTS, ("act_heads", None, None)))
     given, names = zip(*arrays, strict=True)
     if sharding.axis_size("context") == 1 and _divides(q, k):
         return sharding.per_device(local, names, _QUERIES)(*given)
@@ -161,14 +169,17 @@ def _divides(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
 def _choose(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
-    aligned: bool,
+    plain: bool,
     dropout_rate: float,
     softcap: float | None,
     dtype: str,
 ) -> Implementation:
-    """What "auto" means for these arguments on the mesh in use."""
+    """What "auto" means for these arguments on the mesh in use.
+
+    `plain`: queries and keys have the same positions, and scores no bias.
+    """
     T, S, K = q_BTHK.shape[1], k_BSGK.shape[1], q_BTHK.shape[-1]
-    if not aligned or T == 1:
+    if not plain or T == 1:
         return "xla"
     if sharding.axis_size("context") > 1:
         return "ring" if T == S else "xla"
@@ -318,6 +329,7 @@ def _attention_xla(
     v_BSGK: jax.Array,
     mask_BTS: jax.Array | None,
     keep_BHTS: jax.Array | None,
+    bias_HTS: jax.Array | None,
     keep_scale: float,
     softcap: float | None,
     operand: jnp.dtype,
@@ -331,6 +343,8 @@ def _attention_xla(
     ) * (K**-0.5)
     if softcap is not None:
         scores_BGRTS = softcap * jnp.tanh(scores_BGRTS / softcap)
+    if bias_HTS is not None:
+        scores_BGRTS += bias_HTS.reshape(1, G, H // G, *bias_HTS.shape[1:])
     if mask_BTS is not None:
         scores_BGRTS = jnp.where(mask_BTS[:, None, None], scores_BGRTS, -jnp.inf)
     # A query that sees no key has top = -inf: zero keeps exp(-inf - top) at zero rather than NaN.

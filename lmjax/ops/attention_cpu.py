@@ -33,12 +33,13 @@ def attention(
     v_BSHK: jax.Array,
     mask_BTS: jax.Array | None,
     keep_BHTS: jax.Array | None,
+    bias_HTS: jax.Array | None,
     keep_scale: float,
     operand: jnp.dtype,
     *,
     triangular: bool = False,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v in fp32 with operands of dtype `operand`.
+    """softmax(q k^T / sqrt(K) + bias) v in fp32 with operands of dtype `operand`.
 
     Probabilities where `keep_BHTS` is false are dropped, the others multiplied by `keep_scale`.
     `triangular` promises that the mask, of as many queries as keys, hides all keys j > i: long
@@ -47,13 +48,14 @@ def attention(
     q, k, v = (x.astype(jnp.float32) for x in (q_BTHK, k_BSHK, v_BSHK))
     T = q.shape[1]
     if not triangular or mask_BTS is None or T < _LONG or T % _BLOCKS:
-        return _attention(keep_scale, operand, q, k, v, mask_BTS, keep_BHTS)
+        return _attention(keep_scale, operand, q, k, v, mask_BTS, keep_BHTS, bias_HTS)
     outs = []
     for start in range(0, T, T // _BLOCKS):
         end = start + T // _BLOCKS
         keep = None if keep_BHTS is None else keep_BHTS[:, :, start:end, :end]
         mask = mask_BTS[:, start:end, :end]
-        block = q[:, start:end], k[:, :end], v[:, :end], mask, keep
+        bias = None if bias_HTS is None else bias_HTS[:, start:end, :end]
+        block = q[:, start:end], k[:, :end], v[:, :end], mask, keep, bias
         outs.append(_attention(keep_scale, operand, *block))
     return jnp.concatenate(outs, axis=1)
 
@@ -67,8 +69,10 @@ def _attention(
     v_BSHK: jax.Array,
     mask_BTS: jax.Array | None,
     keep_BHTS: jax.Array | None,
+    bias_HTS: jax.Array | None,
 ) -> jax.Array:
-    return _forward(keep_scale, operand, q_BTHK, k_BSHK, v_BSHK, mask_BTS, keep_BHTS)[0]
+    given = q_BTHK, k_BSHK, v_BSHK, mask_BTS, keep_BHTS, bias_HTS
+    return _forward(keep_scale, operand, *given)[0]
 
 
 def _forward(
@@ -79,11 +83,14 @@ def _forward(
     v_BSHK: jax.Array,
     mask_BTS: jax.Array | None,
     keep_BHTS: jax.Array | None,
+    bias_HTS: jax.Array | None,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     q_BHTK = _lay_out(q_BTHK * (q_BTHK.shape[-1] ** -0.5), _BTHK_TO_BHTK, operand)
     k_BHKS = _lay_out(k_BSHK, _BTHK_TO_BHKT, operand)
     v_BHSK = _lay_out(v_BSHK, _BTHK_TO_BHTK, operand)
     scores_BHTS = _product(q_BHTK, k_BHKS)
+    if bias_HTS is not None:
+        scores_BHTS += bias_HTS[None]
     if mask_BTS is not None:
         scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS, -jnp.inf)
     top_BHT1 = jnp.max(scores_BHTS, axis=-1, keepdims=True)
@@ -98,7 +105,8 @@ def _forward(
         weights_BHTS = jnp.where(keep_BHTS, weights_BHTS, -weights_BHTS)
     kept_BHTS = _kept(weights_BHTS, keep_scale)
     out_BHTK = _product(kept_BHTS, v_BHSK) / total_BHT1
-    residuals = (q_BHTK, k_BHKS, v_BHSK, weights_BHTS, total_BHT1, out_BHTK.astype(operand))
+    biased = None if bias_HTS is None else ()  # whether there is a bias, in the tree's structure
+    residuals = (q_BHTK, k_BHKS, v_BHSK, weights_BHTS, total_BHT1, out_BHTK.astype(operand), biased)
     return jnp.transpose(out_BHTK, _BTHK_TO_BHTK), residuals
 
 
@@ -117,9 +125,9 @@ def _attention_fwd(
 
 
 def _attention_bwd(
-    keep_scale: float, operand: jnp.dtype, residuals: tuple[jax.Array, ...], dout_BTHK: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
-    q_BHTK, k_BHKS, v_BHSK, weights_BHTS, total_BHT1, out_BHTK = residuals
+    keep_scale: float, operand: jnp.dtype, residuals: tuple[Any, ...], dout_BTHK: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None, None, jax.Array | None]:
+    q_BHTK, k_BHKS, v_BHSK, weights_BHTS, total_BHT1, out_BHTK, biased = residuals
     dropping = keep_scale != 1.0
     # Dividing the small dout by the softmax's total leaves nothing to normalise in [T, S].
     dout_BHTK = jnp.transpose(dout_BTHK, _BTHK_TO_BHTK) / total_BHT1
@@ -133,12 +141,13 @@ def _attention_bwd(
         dprobs_BHTS = jnp.where(weights > 0, dprobs_BHTS * keep_scale, 0.0)
         weights = jnp.abs(weights)
     dscores_BHTS = lax.optimization_barrier((weights * (dprobs_BHTS - along_BHT1)).astype(operand))
+    dbias_HTS = None if biased is None else jnp.sum(dscores_BHTS.astype(jnp.float32), axis=0)
     dq_BHTK = _product(dscores_BHTS, jnp.swapaxes(k_BHKS, 2, 3))
     dk_BHKS = _product(jnp.swapaxes(q_BHTK, 2, 3), dscores_BHTS)
     dq_BTHK = jnp.transpose(dq_BHTK, _BTHK_TO_BHTK) * (q_BHTK.shape[-1] ** -0.5)
     dk_BSHK = jnp.transpose(dk_BHKS, _BHKT_TO_BTHK)
     dv_BSHK = jnp.transpose(dv_BHKS, _BHKT_TO_BTHK)
-    return dq_BTHK, dk_BSHK, dv_BSHK, None, None
+    return dq_BTHK, dk_BSHK, dv_BSHK, None, None, dbias_HTS
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

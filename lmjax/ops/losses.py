@@ -22,7 +22,7 @@ _VERY_NEGATIVE = -1e30
 
 
 def logits(hidden_BTD: jax.Array, unembedding: Unembedding) -> jax.Array:
-    """Scores of every token, logits_BTV in fp32, capped; columns of padding are -inf."""
+    """Scores of every token, logits_BTV in fp32, biased, capped; columns of padding are -inf."""
     logits_BTV = contract(
         hidden_BTD,
         unembedding.weights_VD,
@@ -33,7 +33,7 @@ def logits(hidden_BTD: jax.Array, unembedding: Unembedding) -> jax.Array:
     static = _Static(
         unembedding.vocab_size, jnp.dtype(unembedding.dtype), softcap=unembedding.softcap
     )
-    return _mask_padding(static, _cap(static, logits_BTV), 0, 1)
+    return _mask_padding(static, _cap(static, _biased(logits_BTV, unembedding.bias_V)), 0, 1)
 
 
 def cross_entropy(
@@ -61,19 +61,28 @@ def cross_entropy(
     operand = jnp.dtype(unembedding.dtype)
     static = _Static(unembedding.vocab_size, operand, z_loss, tuple(columns), unembedding.softcap)
 
-    def local(hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array) -> Losses:
+    def local(
+        hidden_BTD: jax.Array,
+        weights_VD: jax.Array,
+        targets_BT: jax.Array,
+        bias_V: jax.Array | None = None,
+    ) -> Losses:
         if across_T:
             hidden_BTD = lax.all_gather(hidden_BTD, tuple(across_T), axis=1, tiled=True)
         if whole_D:
             weights_VD = complete(weights_VD, "embed", 1, dtype=travelling_dtype(operand))
-        return loss(static, hidden_BTD, weights_VD, targets_BT)
+        return loss(static, hidden_BTD, weights_VD, bias_V, targets_BT)
 
     tokens = ("batch", "length")
-    length = "residual" if across_T else "length"
-    spread = sharding.per_device(
-        local, (("batch", length, None), ("vocab", "embed"), tokens), (tokens, tokens)
-    )
-    return spread(hidden_BTD, unembedding.weights_VD, targets_BT)
+    given = [
+        (hidden_BTD, ("batch", "residual" if across_T else "length", None)),
+        (unembedding.weights_VD, ("vocab", "embed")),
+        (targets_BT, tokens),
+    ]
+    if unembedding.bias_V is not None:
+        given.append((unembedding.bias_V, ("vocab",)))
+    arrays, names = zip(*given, strict=True)
+    return sharding.per_device(local, names, (tokens, tokens))(*arrays)
 
 
 class _Static(NamedTuple):
@@ -117,6 +126,12 @@ def _mask_padding(static: _Static, logits_BTC: jax.Array, chunk: Any, num_chunks
     return jnp.where(ids < static.vocab_size, logits_BTC, -jnp.inf)
 
 
+def _biased(logits_BTC: jax.Array, bias_C: jax.Array | None) -> jax.Array:
+    if bias_C is None:
+        return logits_BTC
+    return logits_BTC + bias_C.astype(jnp.float32)[(None,) * (logits_BTC.ndim - 1)]
+
+
 def _cap(static: _Static, logits: jax.Array) -> jax.Array:
     """c tanh(x / c); Bello et al., arXiv:1611.09940, as in Gemma 2, arXiv:2408.00118, section 2."""
     if static.softcap is None:
@@ -142,12 +157,18 @@ def _ids(static: _Static, logits_BTC: jax.Array, chunk: Any, num_chunks: int) ->
 
 
 def _label_logits(
-    static: _Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
+    static: _Static,
+    hidden_BTD: jax.Array,
+    weights_VD: jax.Array,
+    bias_V: jax.Array | None,
+    targets_BT: jax.Array,
 ) -> jax.Array:
     """The target's logit from its own row, where this device has it; summed over the devices."""
     row_BT = targets_BT - static.first(weights_VD.shape[0])
     rows_BTD = jnp.take(weights_VD, row_BT, axis=0, mode="clip").astype(hidden_BTD.dtype)
     logits_BT = jnp.sum(hidden_BTD.astype(jnp.float32) * rows_BTD.astype(jnp.float32), axis=-1)
+    if bias_V is not None:
+        logits_BT += jnp.take(bias_V, row_BT, mode="clip").astype(jnp.float32)
     if static.axes:
         logits_BT = jnp.where((row_BT >= 0) & (row_BT < weights_VD.shape[0]), logits_BT, 0.0)
     return logits_BT
@@ -162,20 +183,28 @@ def _coefficients(static: _Static, grads: Losses, lse_BT: jax.Array) -> tuple[ja
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss_whole(
-    static: _Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
+    static: _Static,
+    hidden_BTD: jax.Array,
+    weights_VD: jax.Array,
+    bias_V: jax.Array | None,
+    targets_BT: jax.Array,
 ) -> Losses:
-    return _forward_whole(static, hidden_BTD, weights_VD, targets_BT)[-1]
+    return _forward_whole(static, hidden_BTD, weights_VD, bias_V, targets_BT)[-1]
 
 
 def _forward_whole(
-    static: _Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
+    static: _Static,
+    hidden_BTD: jax.Array,
+    weights_VD: jax.Array,
+    bias_V: jax.Array | None,
+    targets_BT: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None], jax.Array, Losses]:
     """(operands, (logits, slope of their cap), logsumexp, losses)."""
     hidden_BTD, weights_VD = (x.astype(static.operand) for x in (hidden_BTD, weights_VD))
-    capped_BTV = _cap(static, dot(hidden_BTD, weights_VD, (2,), (1,)))
+    capped_BTV = _cap(static, _biased(dot(hidden_BTD, weights_VD, (2,), (1,)), bias_V))
     logits_BTV = _mask_padding(static, capped_BTV, 0, 1)
     top_BT1 = static.max(jnp.max(logits_BTV, axis=-1, keepdims=True))
-    label_BT = _label_logits(static, hidden_BTD, weights_VD, targets_BT)
+    label_BT = _label_logits(static, hidden_BTD, weights_VD, bias_V, targets_BT)
     sum_BT, label_BT = static.sum((_sum_exp(logits_BTV, top_BT1), label_BT))
     lse_BT = jnp.log(sum_BT) + top_BT1[..., 0]
     losses = lse_BT - _cap(static, label_BT), static.z_loss * jnp.square(lse_BT)
@@ -183,17 +212,21 @@ def _forward_whole(
 
 
 def _loss_whole_fwd(
-    static: _Static, hidden_BTD: jax.Array, weights_VD: jax.Array, targets_BT: jax.Array
+    static: _Static,
+    hidden_BTD: jax.Array,
+    weights_VD: jax.Array,
+    bias_V: jax.Array | None,
+    targets_BT: jax.Array,
 ) -> tuple[Losses, tuple[Any, ...]]:
     operands, (logits_BTV, slope_BTV), lse_BT, losses = _forward_whole(
-        static, hidden_BTD, weights_VD, targets_BT
+        static, hidden_BTD, weights_VD, bias_V, targets_BT
     )
     # The gradient but for a factor per token, so that the backward is two products and no more.
     error_BTV = jnp.exp(logits_BTV - lse_BT[..., None])
     error_BTV = (error_BTV - _onehot(static, error_BTV, targets_BT, 0, 1)).astype(static.operand)
     if slope_BTV is not None:
         slope_BTV = slope_BTV.astype(static.operand)
-    like = jnp.zeros((0,), hidden_BTD.dtype), jnp.zeros((0,), weights_VD.dtype)
+    like = jax.tree.map(lambda x: jnp.zeros((0,), x.dtype), (hidden_BTD, weights_VD, bias_V))
     return losses, (*operands, targets_BT, error_BTV, slope_BTV, lse_BT, like)
 
 
@@ -206,10 +239,10 @@ def _onehot(
 
 def _loss_whole_bwd(
     static: _Static, residuals: tuple[Any, ...], grads: Losses
-) -> tuple[jax.Array, jax.Array, None]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None, None]:
     operand = static.operand
     hidden_BTD, weights_VD, targets_BT, error_BTV, slope_BTV, lse_BT, like = residuals
-    like_hidden, like_weights = like
+    like_hidden, like_weights, like_bias = like
     a, b = _coefficients(static, grads, lse_BT)
     if static.z_loss:
         onehot_BTV = _onehot(static, error_BTV, targets_BT, 0, 1)
@@ -219,8 +252,11 @@ def _loss_whole_bwd(
         error_BTV = error_BTV * slope_BTV
     dhidden_BTD = a * dot(error_BTV, weights_VD, (2,), (0,))
     scaled_BTD = (a * hidden_BTD.astype(jnp.float32)).astype(operand)
-    dweights_VD = dot(error_BTV, scaled_BTD, (0, 1), (0, 1))
-    return dhidden_BTD.astype(like_hidden.dtype), dweights_VD.astype(like_weights.dtype), None
+    dweights_VD = dot(error_BTV, scaled_BTD, (0, 1), (0, 1)).astype(like_weights.dtype)
+    dbias_V = None
+    if like_bias is not None:
+        dbias_V = jnp.sum(a * error_BTV.astype(jnp.float32), (0, 1)).astype(like_bias.dtype)
+    return dhidden_BTD.astype(like_hidden.dtype), dweights_VD, dbias_V, None
 
 
 _loss_whole.defvjp(_loss_whole_fwd, _loss_whole_bwd)
@@ -232,24 +268,37 @@ def _loss_chunked(
     static: _Static,
     hidden_BTD: jax.Array,
     weights_VD: jax.Array,
+    bias_V: jax.Array | None,
     targets_BT: jax.Array,
 ) -> Losses:
-    return _loss_chunked_fwd(num_chunks, static, hidden_BTD, weights_VD, targets_BT)[0]
+    return _loss_chunked_fwd(num_chunks, static, hidden_BTD, weights_VD, bias_V, targets_BT)[0]
 
 
-def _split(weights_VD: jax.Array, num_chunks: int) -> jax.Array:
-    """weights_CND: chunk n is every N-th token, so that a sharded V leaves C sharded alike."""
+def _split(
+    weights_VD: jax.Array, bias_V: jax.Array | None, num_chunks: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """weights_CND, bias_CN: chunk n is every N-th token, so that a split V leaves C split alike."""
     V, D = weights_VD.shape
-    return jnp.pad(weights_VD, ((0, -V % num_chunks), (0, 0))).reshape(-1, num_chunks, D)
+    weights_CND = jnp.pad(weights_VD, ((0, -V % num_chunks), (0, 0))).reshape(-1, num_chunks, D)
+    if bias_V is None:
+        return weights_CND, None
+    return weights_CND, jnp.pad(bias_V, (0, -V % num_chunks)).reshape(-1, num_chunks)
 
 
 def _chunk_logits(
-    static: _Static, hidden_BTD: jax.Array, weights_CND: jax.Array, chunk: jax.Array
+    static: _Static,
+    hidden_BTD: jax.Array,
+    weights_CND: jax.Array,
+    bias_CN: jax.Array | None,
+    chunk: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """(the chunk's weights, its logits, the slope of their cap)."""
     weights_CD = lax.dynamic_index_in_dim(weights_CND, chunk, axis=1, keepdims=False)
     weights_CD = weights_CD.astype(static.operand)
-    capped_BTC = _cap(static, dot(hidden_BTD, weights_CD, (2,), (1,)))
+    logits_BTC = dot(hidden_BTD, weights_CD, (2,), (1,))
+    if bias_CN is not None:
+        logits_BTC = _biased(logits_BTC, lax.dynamic_index_in_dim(bias_CN, chunk, 1, False))
+    capped_BTC = _cap(static, logits_BTC)
     logits_BTC = _mask_padding(static, capped_BTC, chunk, weights_CND.shape[1])
     return weights_CD, logits_BTC, _cap_slope(static, capped_BTC)
 
@@ -259,16 +308,17 @@ def _loss_chunked_fwd(
     static: _Static,
     hidden_BTD: jax.Array,
     weights_VD: jax.Array,
+    bias_V: jax.Array | None,
     targets_BT: jax.Array,
-) -> tuple[Losses, tuple[jax.Array, ...]]:
+) -> tuple[Losses, tuple[Any, ...]]:
     low_BTD = hidden_BTD.astype(static.operand)
-    weights_CND = _split(weights_VD, num_chunks)
+    weights_CND, bias_CN = _split(weights_VD, bias_V, num_chunks)
 
     def add_chunk(
         carry: tuple[jax.Array, jax.Array], chunk: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         top_BT, sum_BT = carry
-        _, logits_BTC, _ = _chunk_logits(static, low_BTD, weights_CND, chunk)
+        _, logits_BTC, _ = _chunk_logits(static, low_BTD, weights_CND, bias_CN, chunk)
         new_top_BT = jnp.maximum(top_BT, jnp.max(logits_BTC, axis=-1))
         sum_BT = sum_BT * jnp.exp(top_BT - new_top_BT)
         sum_BT = sum_BT + _sum_exp(logits_BTC, new_top_BT[..., None])
@@ -277,36 +327,45 @@ def _loss_chunked_fwd(
     start = jnp.full(targets_BT.shape, _VERY_NEGATIVE), jnp.zeros(targets_BT.shape)
     (top_BT, sum_BT), _ = lax.scan(add_chunk, start, jnp.arange(num_chunks))
     all_top_BT = static.max(top_BT)
-    label_BT = _label_logits(static, low_BTD, weights_VD, targets_BT)
+    label_BT = _label_logits(static, low_BTD, weights_VD, bias_V, targets_BT)
     sum_BT, label_BT = static.sum((sum_BT * jnp.exp(top_BT - all_top_BT), label_BT))
     lse_BT = jnp.log(sum_BT) + all_top_BT
     losses = lse_BT - _cap(static, label_BT), static.z_loss * jnp.square(lse_BT)
-    return losses, (hidden_BTD, weights_VD, targets_BT, lse_BT)
+    return losses, (hidden_BTD, weights_VD, bias_V, targets_BT, lse_BT)
 
 
 def _loss_chunked_bwd(
-    num_chunks: int, static: _Static, residuals: tuple[jax.Array, ...], grads: Losses
-) -> tuple[jax.Array, jax.Array, None]:
-    hidden_BTD, weights_VD, targets_BT, lse_BT = residuals
+    num_chunks: int, static: _Static, residuals: tuple[Any, ...], grads: Losses
+) -> tuple[jax.Array, jax.Array, jax.Array | None, None]:
+    hidden_BTD, weights_VD, bias_V, targets_BT, lse_BT = residuals
     low_BTD = hidden_BTD.astype(static.operand)
-    weights_CND = _split(weights_VD, num_chunks)
+    weights_CND, bias_CN = _split(weights_VD, bias_V, num_chunks)
     a, b = _coefficients(static, grads, lse_BT)
 
-    def add_chunk(dhidden_BTD: jax.Array, chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
-        weights_CD, logits_BTC, slope_BTC = _chunk_logits(static, low_BTD, weights_CND, chunk)
+    def add_chunk(
+        dhidden_BTD: jax.Array, chunk: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None]]:
+        weights_CD, logits_BTC, slope_BTC = _chunk_logits(
+            static, low_BTD, weights_CND, bias_CN, chunk
+        )
         error_BTC = a * jnp.exp(logits_BTC - lse_BT[..., None])
         error_BTC = error_BTC + (b - a) * _onehot(static, logits_BTC, targets_BT, chunk, num_chunks)
         if slope_BTC is not None:
             error_BTC = error_BTC * slope_BTC
+        dbias_C = None if bias_CN is None else jnp.sum(error_BTC, (0, 1))
         error_BTC = error_BTC.astype(static.operand)
         dweights_CD = dot(error_BTC, low_BTD, (0, 1), (0, 1)).astype(weights_VD.dtype)
-        return dhidden_BTD + dot(error_BTC, weights_CD, (2,), (0,)), dweights_CD
+        dhidden_BTD += dot(error_BTC, weights_CD, (2,), (0,))
+        return dhidden_BTD, (dweights_CD, dbias_C)
 
     start = jnp.zeros(hidden_BTD.shape, jnp.float32)
-    dhidden_BTD, dweights_NCD = lax.scan(add_chunk, start, jnp.arange(num_chunks))
+    dhidden_BTD, (dweights_NCD, dbias_NC) = lax.scan(add_chunk, start, jnp.arange(num_chunks))
     dweights_CND = jnp.swapaxes(dweights_NCD, 0, 1)
     dweights_VD = dweights_CND.reshape(-1, weights_VD.shape[1])[: weights_VD.shape[0]]
-    return dhidden_BTD.astype(hidden_BTD.dtype), dweights_VD, None
+    dbias_V = None
+    if bias_V is not None and dbias_NC is not None:
+        dbias_V = dbias_NC.T.reshape(-1)[: len(bias_V)].astype(bias_V.dtype)
+    return dhidden_BTD.astype(hidden_BTD.dtype), dweights_VD, dbias_V, None
 
 
 _loss_chunked.defvjp(_loss_chunked_fwd, _loss_chunked_bwd)

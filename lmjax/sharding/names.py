@@ -28,6 +28,7 @@ RULES: Rules = {
     "layers": ("stage",),
     "head_dim": (),
     "positions": (),
+    "token_types": (),
     "norm": (),
     # activations
     "batch": ("slices", "data", "fsdp", "expert"),

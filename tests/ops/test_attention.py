@@ -58,7 +58,9 @@ def _loops(q: Any, k: Any, v: Any, mask: dict[str, Any]) -> np.ndarray:
     return out
 
 
-def _naive(q: jax.Array, k: jax.Array, v: jax.Array, mask: dict[str, Any]) -> jax.Array:
+def _naive(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: dict[str, Any], bias: jax.Array | None = None
+) -> jax.Array:
     k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
     allowed = np.array(
         [
@@ -69,6 +71,7 @@ def _naive(q: jax.Array, k: jax.Array, v: jax.Array, mask: dict[str, Any]) -> ja
     scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(K)
     if "softcap" in mask:
         scores = mask["softcap"] * jnp.tanh(scores / mask["softcap"])
+    scores = scores if bias is None else scores + bias[None]
     probs = jax.nn.softmax(jnp.where(allowed, scores, -1e9), axis=-1) * allowed
     return jnp.einsum("bhts,bshk->bthk", probs, v)
 
@@ -128,6 +131,26 @@ def test_value_and_gradients(case: str, G: int) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("case", "G"), [("segments", 2), ("sees_nothing", 4), ("cross", 2), ("decode_rows", 2)]
+)
+def test_a_bias_is_added_to_the_scores(case: str, G: int) -> None:
+    """Value and gradients, the bias's too; a decoding step takes the path without our own gradient."""
+    T, S, mask = CASES[case]
+    q, k, v, g = _draw(T, S, G)
+    bias = jnp.asarray(np.random.default_rng(1).standard_normal((H, T, S)), jnp.float32)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(function: Any, *args: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(lambda *args: function(*args), *args)
+        return out, *pull(g)
+
+    found = run(lambda q, k, v, bias: attention(q, k, v, bias_HTS=bias, **mask), q, k, v, bias)
+    want = run(lambda q, k, v, bias: _naive(q, k, v, mask, bias), q, k, v, bias)
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", ["causal", "segments", "sees_nothing", "prefill", "decode_rows"])
 def test_bf16(case: str) -> None:
     T, S, mask = CASES[case]
@@ -167,17 +190,21 @@ def test_gradients_prove_causality(dtype: str) -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_blocks_of_queries_equal_the_whole(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, g = _draw(128, 128, 4)
+    bias = jnp.asarray(np.random.default_rng(1).standard_normal((H, 128, 128)), jnp.float32)
 
     def run(long: int) -> tuple[jax.Array, ...]:
         monkeypatch.setattr(attention_cpu, "_LONG", long)
         options = {"dropout_rate": rate, "dropout_rng": jax.random.key(0), **OWN_SEGMENTS_128}
         options["window"] = 40
 
-        def both(*qkv: jax.Array) -> tuple[jax.Array, ...]:
-            out, pull = jax.vjp(lambda *qkv: attention(*qkv, causal=True, **options), *qkv)
+        def both(*given: jax.Array) -> tuple[jax.Array, ...]:
+            see = lambda q, k, v, bias: attention(  # noqa: E731
+                q, k, v, causal=True, bias_HTS=bias, **options
+            )
+            out, pull = jax.vjp(see, *given)
             return out, *pull(g)
 
-        return jax.jit(both)(q, k, v)
+        return jax.jit(both)(q, k, v, bias)
 
     for a, b in zip(run(128), run(10**9), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -276,6 +303,10 @@ def test_misfits_are_told() -> None:
         attention(q, k, v, causal=True, q_offset=1, implementation="cudnn")
     with pytest.raises(ValueError, match="knows no softcap"):
         attention(q, k, v, causal=True, softcap=1.0, implementation="cudnn")
+    for kernel in ("cudnn", "splash", "ring"):
+        with pytest.raises(ValueError, match=f"{kernel} attention knows no bias"):
+            bias = jnp.zeros((H, 9, 9))
+            attention(q, k, v, causal=True, bias_HTS=bias, implementation=kernel)
     for bad in ({"causal": True, "window": 0}, {"causal": False, "window": 3}):
         with pytest.raises(ValueError, match="want at least 1, and True"):
             attention(q, k, v, **bad)

@@ -74,6 +74,34 @@ def test_soft_cap(chunk: int, z_loss: float) -> None:
     np.testing.assert_allclose(got[0], -label, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("chunk", "z_loss"), [(0, Z), (7, 0.0)])
+def test_bias(chunk: int, z_loss: float) -> None:
+    hidden, weights, targets, g = _draw()
+    bias = jnp.asarray(np.random.default_rng(1).standard_normal(V), jnp.float32)
+
+    def ours(h: jax.Array, w: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        unembedding = Unembedding(w, VOCAB, softcap=2.0, bias_V=b)
+        nll, z = cross_entropy(h, unembedding, targets, vocab_chunk=chunk, z_loss=z_loss)
+        return jnp.sum(g[0] * nll + g[1] * z), logits(h, unembedding)
+
+    def naive(h: jax.Array, w: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A bias is the weight of a feature that is always 1."""
+        h, w = jnp.pad(h, ((0, 0), (0, 0), (0, 1)), constant_values=1.0), jnp.c_[w, b]
+        nll, z = _naive(h, w, targets, 2.0)
+        scores = 2.0 * jnp.tanh(jnp.einsum("btd,vd->btv", h, w[:VOCAB]) / 2.0)
+        return jnp.sum(g[0] * nll + (g[1] * z if z_loss else 0.0)), scores
+
+    got, want = (
+        jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(hidden, weights, bias)
+        for f in (ours, naive)
+    )
+    (loss, scores), grads = got
+    got = loss, scores[..., :VOCAB], *grads
+    for a, b in zip(got, jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert np.all(np.isneginf(scores[..., VOCAB:]))
+
+
 @pytest.mark.parametrize("chunk", [0, 8])
 def test_without_z_loss(chunk: int) -> None:
     hidden, weights, targets, g = _draw()

@@ -1,6 +1,7 @@
 """Next-token prediction: what is averaged over what, chunks, z-loss, and data that does not fit."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -34,14 +35,20 @@ def batch():
     }
 
 
+@functools.partial(jax.jit, static_argnames=("train", "vocab_chunk", "z_loss"))
 def loss_of(variables, batch, *, train=False, **fields):
     task = CausalLM(model=MODEL, **fields)
     return task.loss(variables, batch, jax.random.key(0), train=train)
 
 
+@jax.jit
+def logits_of(variables, tokens):
+    output = MODEL.apply(variables, tokens)
+    return logits(output.hidden_BTD, output.unembedding)
+
+
 def test_loss_and_bits_per_byte_by_hand(variables, batch):
-    output = MODEL.apply(variables, batch["tokens"])
-    log_probs = jax.nn.log_softmax(logits(output.hidden_BTD, output.unembedding))
+    log_probs = jax.nn.log_softmax(logits_of(variables, batch["tokens"]))
     nll = -np.take_along_axis(np.asarray(log_probs), batch["targets"][..., None], -1)[..., 0]
     found = loss_of(variables, batch)
     total = (nll * batch["weights"]).sum()
@@ -71,7 +78,7 @@ def test_chunks_of_the_vocabulary_change_no_number(variables, batch, chunk):
             found = loss_of(v, batch, vocab_chunk=vocab_chunk, z_loss=1e-2, train=True)
             return found.loss.value
 
-        return jax.value_and_grad(loss)(variables)
+        return jax.jit(jax.value_and_grad(loss))(variables)
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
@@ -82,8 +89,7 @@ def test_chunks_of_the_vocabulary_change_no_number(variables, batch, chunk):
 
 def test_z_loss_is_descended_and_not_reported(variables, batch):
     plain, with_z = loss_of(variables, batch), loss_of(variables, batch, z_loss=0.1, train=True)
-    output = MODEL.apply(variables, batch["tokens"])
-    z = jax.nn.logsumexp(logits(output.hidden_BTD, output.unembedding), axis=-1) ** 2
+    z = jax.nn.logsumexp(logits_of(variables, batch["tokens"]), axis=-1) ** 2
     expected = plain.loss.value + 0.1 * (z * batch["weights"]).sum() / batch["weights"].sum()
     np.testing.assert_allclose(with_z.loss.value, expected, rtol=1e-5)
     np.testing.assert_allclose(with_z.metrics["loss"].value, plain.loss.value, rtol=1e-6)
