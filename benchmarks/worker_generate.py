@@ -22,9 +22,9 @@ def main(workdir: str) -> None:
         times: list[float] = []
         tokens: list[list[int]] = [[] for _ in range(rows)]
         made = lm.decoding.batch(
-            lm._weights(rows),
+            lm.weights(rows),
             prompts(rows, length),
-            max_tokens=num_tokens,
+            max_tokens=num_tokens + 1,  # a token is told when the step after it is under way
             seeds=[0] * rows,
             temperature=0.0,
         )
@@ -32,7 +32,7 @@ def main(workdir: str) -> None:
             if row == 0:
                 times.append(time.perf_counter())
             tokens[row].append(token)
-        return Generation(times, tokens)
+        return Generation(times[:num_tokens], [one[:num_tokens] for one in tokens])
 
     ready = {
         "ready_s": time.perf_counter() - began,

@@ -5,7 +5,8 @@ until `build` makes the recorded calls, innermost first. Between the two, every 
 that a flag may override and that `explain` can print. What a target's signature does not accept is
 refused when it is recorded, so a misspelt or mistyped field fails before any device is touched.
 
-A node that stands in several places of the tree is built once, and shared.
+A node that stands in several places of the tree is built once, and shared. A target that returns a
+recorded call stands for it: that one is built in its place.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from ml_collections import ConfigDict, FieldReference
 
 from lmjax.annotations import SCALARS, check, parse, shown
 from lmjax.config_file import import_file, run_file
+from lmjax.config_tree import check_tree, computed, member, paths_of, too_deep
 from lmjax.errors import UserError, did_you_mean
 
 CALL, REF = "_call", "_ref"
-_DEEPEST = 64  # levels of a config: more than any has, and fewer than Python's stack holds
 
 
 def call(target: Callable[..., Any], /, **kwargs: Any) -> ConfigDict:
@@ -41,7 +42,7 @@ def call(target: Callable[..., Any], /, **kwargs: Any) -> ConfigDict:
     for key, value in kwargs.items():
         if key not in accepted:
             raise UserError(f"{_name(target)} has no field {key!r}." + did_you_mean(key, accepted))
-        plain = _computed(value, f"{_name(target)}: {key}")
+        plain = computed(value, f"{_name(target)}: {key}")
         check(plain, accepted[key].annotation, f"{_name(target)}: {key}")
         node[key] = _recorded(value, f"{_name(target)}: {key}")
     object.__setattr__(node, "_given", frozenset(kwargs))
@@ -59,20 +60,25 @@ def build(node: Any) -> Any:
     Raises UserError with the field's path where a target is missing, a required field is absent, or
     the target itself refuses its values.
     """
-    _check_tree(node)
-    return _build(node, "config", _paths(node), {})
+    check_tree(node)
+    return _build(node, "config", paths_of(node), {}, {})
 
 
 def build_and_resolve(node: ConfigDict) -> tuple[Any, dict[str, Any]]:
     """Builds, and returns with the result the config as a plain tree (`to_dict`).
 
-    In the tree a recorded call that gave a scalar (a vocabulary's size, counted in the data) is
-    replaced by that scalar, so that parts of it can be built again without the rest.
+    In the tree a recorded call that gave a scalar (a vocabulary's size, counted in the data) or
+    another recorded call (the model of a folder of weights) is replaced by that, so that parts of
+    it can be built again without the rest.
     """
-    _check_tree(node)
+    check_tree(node)
     memo: dict[int, Any] = {}
-    built = _build(node, "config", _paths(node), memo)
-    return built, to_dict(node, {k: v for k, v in memo.items() if isinstance(v, SCALARS)})
+    given: dict[int, ConfigDict] = {}
+    built = _build(node, "config", paths_of(node), memo, given)
+    known = {k: v for k, v in memo.items() if isinstance(v, SCALARS)}
+    for key, made in reversed(given.items()):  # what another one holds comes after it
+        known[key] = to_dict(made, known)
+    return built, to_dict(node, known)
 
 
 def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -102,13 +108,13 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
         raise UserError(
             f"{path}: get_config() must return call(...), and returned {shown(config)}."
         )
-    _check_tree(config)
+    check_tree(config)
     for name, value in variants.get(variant, {}).items():
         override(config, name, value)
     before, flags = dict(leaves(config)), dict(overrides or {})
     for name, value in flags.items():
         override(config, name, value)
-    _check_tree(config)
+    check_tree(config)
     # A flag also speaks for its members, and for leaves that share its node or FieldReference.
     stems = tuple(f"{name}." for name in flags)
     after = leaves(config)
@@ -178,7 +184,7 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
     try:
         made: ConfigDict = convert(tree)
     except RecursionError as error:
-        raise UserError(_too_deep("config")) from error
+        raise UserError(too_deep("config")) from error
     return made
 
 
@@ -211,65 +217,17 @@ def explain(config: ConfigDict) -> list[tuple[str, Any, str]]:
     return rows
 
 
-def _check_tree(root: Any) -> None:
-    """Raises UserError where a node holds itself, lies too deep, or cannot be computed."""
-    sound: set[int] = set()
+def _build(
+    node: Any,
+    path: str,
+    paths: Mapping[int, str],
+    memo: dict[int, Any],
+    given: dict[int, ConfigDict],
+) -> Any:
+    """Builds what is not in `memo` yet; `given` gets the recorded calls that calls returned."""
 
-    def visit(node: Any, path: str, above: tuple[int, ...]) -> None:
-        if id(node) in above:
-            raise UserError(f"{path} holds itself: a config is a tree, whose nodes may be shared.")
-        if len(above) > _DEEPEST:
-            raise UserError(_too_deep(path))
-        if not isinstance(node, ConfigDict | tuple | list) or id(node) in sound:
-            return
-        for key in list(node) if isinstance(node, ConfigDict) else range(len(node)):
-            visit(_member(node, key, path), f"{path}.{key}", (*above, id(node)))
-        sound.add(id(node))
-
-    visit(root, "config", ())
-
-
-def _too_deep(path: str) -> str:
-    return f"{path} is nested deeper than the {_DEEPEST} levels that a config may have."
-
-
-def _member(node: Any, key: Any, path: str) -> Any:
-    try:
-        return node[key]
-    except (ArithmeticError, TypeError, ValueError) as error:
-        raise UserError(_not_computed(f"{path}.{key}", error)) from error
-
-
-def _computed(value: Any, path: str) -> Any:
-    try:
-        return value.get() if isinstance(value, FieldReference) else value
-    except (ArithmeticError, TypeError, ValueError) as error:
-        raise UserError(_not_computed(path, error)) from error
-
-
-def _not_computed(path: str, error: Exception) -> str:
-    return (
-        f"{path} cannot be computed from the fields that it refers to: {error}. Change those, or "
-        "set it outright."
-    )
-
-
-def _paths(root: Any) -> dict[int, str]:
-    """The shortest path to each node, by id: of a node that is shared, the one that errors name."""
-    paths: dict[int, str] = {}
-    queue: list[tuple[Any, str]] = [(root, "config")]
-    for node, path in queue:  # which grows
-        if isinstance(node, ConfigDict) and id(node) not in paths:
-            paths[id(node)] = path
-            queue.extend((node[key], f"{path}.{key}") for key in node)
-        elif isinstance(node, tuple | list):
-            queue.extend((item, f"{path}.{i}") for i, item in enumerate(node))
-    return paths
-
-
-def _build(node: Any, path: str, paths: Mapping[int, str], memo: dict[int, Any]) -> Any:
     def inner(items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-        return {key: _build(item, f"{path}.{key}", paths, memo) for key, item in items}
+        return {key: _build(item, f"{path}.{key}", paths, memo, given) for key, item in items}
 
     if isinstance(node, tuple | list):
         return tuple(inner(enumerate(node)).values())
@@ -281,7 +239,15 @@ def _build(node: Any, path: str, paths: Mapping[int, str], memo: dict[int, Any])
             memo[id(node)] = _resolve(node[REF], path)
         elif CALL in node:
             kwargs = inner((key, node[key]) for key in node if key != CALL)
-            memo[id(node)] = _make(node[CALL], kwargs, path)
+            made = _make(node[CALL], kwargs, path)
+            if isinstance(made, ConfigDict):
+                check_tree(made)
+                given[id(node)] = made
+                inside = {
+                    key: path + at.removeprefix("config") for key, at in paths_of(made).items()
+                }
+                made = _build(made, path, inside, memo, given)
+            memo[id(node)] = made
         else:
             memo[id(node)] = inner(node.items())
     return memo[id(node)]
@@ -377,7 +343,7 @@ def _child(node: Any, key: str, path: str) -> Any:
         raise UserError(f"{path} is the value {shown(node)}; it has no field {key!r}.")
     if key not in _fields(node):
         raise UserError(f"{path} has no field {key!r}." + did_you_mean(key, _fields(node)))
-    return _member(node, key if isinstance(node, ConfigDict) else int(key), path)
+    return member(node, key if isinstance(node, ConfigDict) else int(key), path)
 
 
 def _annotation(node: Any, key: str, current: Any) -> Any:

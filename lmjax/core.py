@@ -127,17 +127,12 @@ class DecoderOutput:
     aux: dict[str, Mean] = struct.field(default_factory=dict)
 
 
-class Decoder(Protocol):
-    """Any autoregressive language model as a linen module: GPT, Llama, LSTM (cache = carry), ...
-
-    `positions_BT` count from a document's start, `segments_BT` tell documents of a row apart: a
-    token sees earlier tokens of its own segment only. With a cache, tokens are appended to what it
-    holds.
-    """
+class TextModel(Protocol):
+    """What every model of text is, beside what it computes."""
 
     @property
     def max_length(self) -> int:
-        """The longest context in tokens."""
+        """The longest text that it reads, and the longest that it writes, in tokens."""
         ...
 
     @property
@@ -146,8 +141,21 @@ class Decoder(Protocol):
         ...
 
     def init(self, rng: jax.Array, tokens_BT: jax.Array) -> Variables:
-        """Makes the variables (linen's own method)."""
+        """Makes the variables (linen's own method); the tokens stand for a source too."""
         ...
+
+    def count_params(self, params: Any) -> Mapping[str, int]:
+        """Parameters by part, as papers count them: rows that pad the vocabulary are left out."""
+        ...
+
+
+class Decoder(TextModel, Protocol):
+    """Any autoregressive language model as a linen module: GPT, Llama, LSTM (cache = carry), ...
+
+    `positions_BT` count from a document's start, `segments_BT` tell documents of a row apart: a
+    token sees earlier tokens of its own segment only. With a cache, tokens are appended to what it
+    holds.
+    """
 
     def apply(self, variables: Variables, tokens_BT: jax.Array, **arguments: Any) -> DecoderOutput:
         """Calls the module with these variables (linen's own method)."""
@@ -169,17 +177,13 @@ class Decoder(Protocol):
         """An empty cache for `length` tokens: a tree that `__call__` takes and returns."""
         ...
 
-    def count_params(self, params: Any) -> Mapping[str, int]:
-        """Parameters by part, as papers count them: rows that pad the vocabulary are left out."""
-        ...
-
     def flop_per_token(self, length: int) -> tuple[float, float]:
         """FLOP of one token's forward pass: (causal attention, full attention)."""
         ...
 
 
 @runtime_checkable
-class EncoderDecoder(Protocol):
+class EncoderDecoder(TextModel, Protocol):
     """Any model that reads a source and writes a target, as a linen module: T5, ...
 
     A source token sees all of its own segment. A target token sees earlier tokens of its own
@@ -191,22 +195,8 @@ class EncoderDecoder(Protocol):
     """
 
     @property
-    def max_length(self) -> int:
-        """The longest source, and the longest target, in tokens."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """How many token ids the model knows; padding is not counted."""
-        ...
-
-    @property
     def start_id(self) -> int:
         """The token before the target's first."""
-        ...
-
-    def init(self, rng: jax.Array, tokens_BT: jax.Array) -> Variables:
-        """Makes the variables (linen's own method); the tokens stand for the source too."""
         ...
 
     def apply(self, variables: Variables, tokens_BT: jax.Array, **arguments: Any) -> DecoderOutput:
@@ -246,10 +236,6 @@ class EncoderDecoder(Protocol):
         """
         ...
 
-    def count_params(self, params: Any) -> Mapping[str, int]:
-        """Parameters by part, as papers count them: rows that pad the vocabulary are left out."""
-        ...
-
     def flop(self, source_length: int, target_length: int) -> tuple[float, float]:
         """FLOP of the forward pass of one pair, logits included: (causal, full attention).
 
@@ -277,27 +263,13 @@ class EncoderOutput:
     aux: dict[str, Mean] = struct.field(default_factory=dict)
 
 
-class Encoder(Protocol):
+class Encoder(TextModel, Protocol):
     """Any bidirectional model of text as a linen module: BERT, ...
 
     A token sees all tokens of its own segment, those after it too. So packed documents of a row are
     segments, and what pads a row is one more; `positions_BT` count from a document's start (from
     the row's where not given), `token_types_BT` tell the parts of a pair apart (0 where not given).
     """
-
-    @property
-    def max_length(self) -> int:
-        """The longest row in tokens."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """How many token ids the model knows; padding is not counted."""
-        ...
-
-    def init(self, rng: jax.Array, tokens_BT: jax.Array) -> Variables:
-        """Makes the variables (linen's own method)."""
-        ...
 
     def apply(self, variables: Variables, tokens_BT: jax.Array, **arguments: Any) -> EncoderOutput:
         """Calls the module with these variables (linen's own method)."""
@@ -313,10 +285,6 @@ class Encoder(Protocol):
         train: bool = False,
     ) -> EncoderOutput:
         """Hidden states, and what the model's heads make of them."""
-        ...
-
-    def count_params(self, params: Any) -> Mapping[str, int]:
-        """Parameters by part, as papers count them: rows that pad the vocabulary are left out."""
         ...
 
     def flop_per_token(self, length: int) -> tuple[float, float]:

@@ -489,6 +489,37 @@ def test_contradictory_fields_fail_in_build(char, flags, message):
         build(char(**flags))
 
 
+def recorded(*, width: int, times: int = 2):
+    """Stands for a part that is found out when it is built."""
+    return call(Part, width=width * times, name="found")
+
+
+def chosen(*, width: int):
+    return call(recorded, width=width, times=3)
+
+
+@pytest.mark.parametrize("target", [recorded, chosen])
+def test_a_call_that_gives_a_recorded_call_stands_for_it(target):
+    shared = call(target, width=5)
+    config = call(Whole, part=shared, other={"part": shared}, size=1)
+    built, tree = build_and_resolve(config)
+    width = 15 if target is chosen else 10
+    assert built.part == Part(width=width, name="found")
+    assert built.other["part"] is built.part
+    assert tree["part"] == to_dict(call(Part, width=width, name="found"))
+    assert build(from_dict(tree)) == built == build(config)
+
+
+def wrong(*, width: int):
+    return call(Whole, part=call(Part), size=width)
+
+
+def test_a_mistake_in_what_a_call_stands_for_is_named_by_the_call():
+    config = call(Whole, part=call(Part), other={"inner": call(wrong, width=0)}, size=1)
+    with pytest.raises(UserError, match=r"^config\.other\.inner: size is 0: must be at least 1"):
+        build(config)
+
+
 def test_build_and_resolve_replaces_calls_that_gave_a_scalar():
     part = call(Part, width=3)
     config = whole(size=call(count, of=part), part=part)

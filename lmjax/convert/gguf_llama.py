@@ -130,20 +130,22 @@ def _scaling(
     if factors is None:
         return None
     wanted = factors.rows(0, factors.shape[0]).astype(np.float32)
-    rope = Rope(theta=theta, scaling=RopeScaling(factor=max(1.0, round(float(wanted.max()), 3))))
-    if wanted.shape != (head_dim // 2,) or not np.allclose(rope_factors(rope, head_dim), wanted):
-        raise UserError(
-            f"{given.source}: its {ROPE!r} are not those of a Llama 3 with a context of 8192 "
-            "(low_freq_factor 1, high_freq_factor 4): convert its folder of safetensors."
-        )
-    assert isinstance(rope.scaling, RopeScaling)
-    return {
-        "rope_type": "llama3",
-        "factor": rope.scaling.factor,
-        "low_freq_factor": rope.scaling.low_freq_factor,
-        "high_freq_factor": rope.scaling.high_freq_factor,
-        "original_max_position_embeddings": rope.scaling.original_length,
-    }
+    factor = max(1.0, round(float(wanted.max(initial=1.0)), 3))
+    for length in (8192, *(2**n for n in range(4, 21))):  # that of Llama 3, and all that are likely
+        made = RopeScaling(factor=factor, original_length=length)
+        known = rope_factors(Rope(theta=theta, scaling=made), head_dim)
+        if known.shape == wanted.shape and np.allclose(known, wanted):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": made.low_freq_factor,
+                "high_freq_factor": made.high_freq_factor,
+                "original_max_position_embeddings": length,
+            }
+    raise UserError(
+        f"{given.source}: its {ROPE!r} are not those of a Llama 3 (low_freq_factor 1, "
+        "high_freq_factor 4): convert its folder of safetensors."
+    )
 
 
 def rope_factors(rope: Rope, head_dim: int) -> np.ndarray:

@@ -141,7 +141,7 @@ def _layer(settings: Settings, side: str, layer: int) -> list[Part]:
 
 
 def _attention(settings: Settings, theirs: str, ours: str, layer: int) -> list[Part]:
-    """The four products of an attention: q, k and v are one of ours, or in the decoder's second two."""
+    """The four products of an attention; ours joins q, k and v, or in a cross-attention k and v."""
     dim, heads = settings.integer("d_model", 512), settings.integer("num_heads", 8)
     K, at = settings.integer("d_kv", 64), (layer,)
     shape, cross = (heads * K, dim), ours.endswith("cross_attention")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,9 @@ from lmjax.convert.settings import Settings
 from lmjax.convert.t5 import T5
 from lmjax.convert.vocabulary import tokenizer_of
 from lmjax.core import Tokenizer
-from lmjax.errors import UserError, did_you_mean
+from lmjax.errors import UserError
+
+log = logging.getLogger("lmjax")
 
 FAMILIES = {
     family.model_type: family
@@ -130,7 +133,7 @@ def family_of(settings: Settings) -> Family:
     """The family that a config.json names."""
     model_type = settings.get("model_type", "")
     if model_type not in FAMILIES:
-        way = did_you_mean(str(model_type), FAMILIES)
+        way = f" There are: {', '.join(FAMILIES)}."
         if "text_config" in settings.fields:
             way = " Save its text model alone, with a config.json of its own."
         raise UserError(
@@ -164,11 +167,14 @@ def checked(
         bare = [name for name in tensors if not name.startswith("lm_head.")]
         tensors |= {f"{family.prefix}{name}": tensors.pop(name) for name in bare}
     wanted = {p.tensor: p for p in parts}
+    mend = "Download it again."
+    if source.is_dir():
+        mend = "Download the folder again, or correct config.json."
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise UserError(
             f"{source} lacks {_some(missing)}: {settings.source} asks for {missing[0]!r} of shape "
-            f"{list(wanted[missing[0]].shape)}. Download the folder again, or correct config.json."
+            f"{list(wanted[missing[0]].shape)}. {mend}"
         )
     for name in (*family.copies, "lm_head.weight"):
         if name in tensors and name not in wanted:
@@ -176,13 +182,13 @@ def checked(
     if extra := [name for name in tensors if name not in wanted]:
         raise UserError(
             f"{source} has {_some(extra)}, which no {family.model_type} of {settings.source} has: "
-            "weights would be lost. Correct config.json, or leave them out."
+            f"weights would be lost. {mend}"
         )
     for name, p in wanted.items():
         if tuple(tensors[name].shape) != p.shape:
             raise UserError(
                 f"{source}: {name!r} has the shape {list(tensors[name].shape)}, and "
-                f"{settings.source} asks for {list(p.shape)}. Correct config.json."
+                f"{settings.source} asks for {list(p.shape)}. {mend}"
             )
         _ = tensors[name].dtype
     arrays: dict[str, list[Part]] = {}
@@ -191,8 +197,13 @@ def checked(
     padded = {}
     for path, shape in shapes.items():
         has = table.shapes(arrays[path])[path] if path in arrays else ()
-        if path.endswith(("embed/table", "head/bias")) and shape[1:] == has[1:] and shape[0] > has[0]:
+        if (
+            path.endswith(("embed/table", "head/bias"))
+            and shape[1:] == has[1:]
+            and shape[0] > has[0]
+        ):
             padded[path] = tuple(shape)
+            log.info("%s has %d rows there and %d here: the others are 0", path, has[0], shape[0])
     return Weights(
         source=source,
         family=family,

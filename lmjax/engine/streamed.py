@@ -82,6 +82,7 @@ def _write(
     context = tensorstore.Context({"file_io_sync": False})
     writing: collections.deque[Any] = collections.deque()
     summing: collections.deque[Any] = collections.deque()
+    syncing: collections.deque[Any] = collections.deque()
     sums: dict[str, list[Any]] = {path: [] for path in arrays}
     synced: set[Path] = set()
     with ThreadPoolExecutor(1) as summer, ThreadPoolExecutor(1) as syncer:
@@ -90,7 +91,7 @@ def _write(
             for start, block in blocks(path):
                 assert block.dtype == x.dtype, f"{path}: {block.dtype} for {x.dtype}"
                 if array is None:
-                    chunk = chunk_of(block.shape, block.dtype)
+                    chunk = chunk_of(block.shape, block.dtype, CHUNK_BYTES)
                     array = _create(state, path, x, chunk, context)
                 summing.append(summer.submit(_checksum, block, start))
                 sums[path].append(summing[-1])
@@ -107,14 +108,16 @@ def _write(
                 del block  # before the next is made
                 _settle(summing, 1 if small else 0)
                 _settle(writing, UNDER_WAY if small else 0)
-            syncer.submit(_sync, state, synced)
+            syncing.append(syncer.submit(_sync, state, synced))
         _settle(writing, 0)
-        syncer.submit(_sync, state, synced).result()
+        syncing.append(syncer.submit(_sync, state, synced))
+        _settle(syncing, 0)
+    zero = np.zeros(2, np.uint32)
     return {
         path: {
             "shape": list(x.shape),
             "dtype": np.dtype(x.dtype).name,
-            "checksum": manifest.in_text(sum(s.result() for s in sums[path])),
+            "checksum": manifest.in_text(sum((s.result() for s in sums[path]), zero)),
         }
         for path, x in arrays.items()
     }
@@ -177,9 +180,7 @@ def _checksum(block: np.ndarray, begin: Sequence[int]) -> np.ndarray:
     return total
 
 
-def chunk_of(
-    shape: Sequence[int], dtype: np.dtype[Any], num_bytes: int = CHUNK_BYTES
-) -> tuple[int, ...]:
+def chunk_of(shape: Sequence[int], dtype: np.dtype[Any], num_bytes: int) -> tuple[int, ...]:
     """The shape of a part of a block: whole but for its first axes, if it exceeds `num_bytes`."""
     chunk = list(shape)
     for axis, size in enumerate(shape):

@@ -89,7 +89,7 @@ OF_HARNESS = (TASK_PATH, NUM_FEWSHOT, LIMIT, CHAT, LOG_SAMPLES, SEED)
 def main(argv: list[str]) -> None:
     """Evaluates, writes --out and prints a table."""
     absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant to be
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the harness's libraries read it
     prepare()
     try:
@@ -129,16 +129,16 @@ def _evaluate() -> None:
     from lmjax.evaluate.report import record, show, write
     from lmjax.generate.language_model import load
 
-    if names := [name for name in TASK.value if name != PERPLEXITY]:
-        _check_harness()
+    names = [name for name in TASK.value if name != PERPLEXITY]
+    tasks = _tasks(names) if names else []  # before the model, which may take longer to load
     lm = load(WORKDIR.value, step=STEP.value)
     results: dict[str, Any] = {}
     harness: dict[str, Any] = {}
     with _progress() as progress:
         if PERPLEXITY in TASK.value:
             results[PERPLEXITY] = _perplexity(lm, progress)
-        if names:
-            harness = _harness(lm, names, progress)
+        if tasks:
+            harness = _harness(lm, tasks, progress)
             results |= harness.pop("results") | harness.get("groups", {})
     every = (LENGTH, BATCH_SIZE, *OF_PERPLEXITY, *OF_HARNESS)
     settings = {"task": TASK.value, **{flag.name: flag.value for flag in every}}
@@ -157,7 +157,7 @@ def _perplexity(lm: LanguageModel, progress: Callable[[str, int, int], object]) 
     from lmjax.evaluate.perplexity import check_window, perplexity
     from lmjax.evaluate.score import Scorer
 
-    check_window(LENGTH.value, STRIDE.value, lm.model.max_length)
+    check_window(LENGTH.value, STRIDE.value, lm.decoder.max_length)
     if DATA.value is None:
         documents = held_out(WORKDIR.value)
     else:
@@ -173,18 +173,19 @@ def _perplexity(lm: LanguageModel, progress: Callable[[str, int, int], object]) 
     ).numbers()
 
 
-def _check_harness() -> None:
+def _tasks(names: list[str]) -> list[Any]:
     try:
-        import lm_eval  # noqa: F401
+        from lmjax.evaluate.harness import load_tasks
     except ImportError as error:
         raise UserError(
             f"--task={','.join(TASK.value)} needs lm-evaluation-harness ({error}): "
             "pip install 'lmjax[eval]', or give --task=perplexity."
         ) from error
+    return load_tasks(names, TASK_PATH.value)
 
 
 def _harness(
-    lm: LanguageModel, names: list[str], progress: Callable[[str, int, int], object]
+    lm: LanguageModel, tasks: list[Any], progress: Callable[[str, int, int], object]
 ) -> dict[str, Any]:
     from lmjax.evaluate.harness import HarnessLM, evaluate_tasks
 
@@ -195,16 +196,16 @@ def _harness(
         seed=SEED.value,
         progress=progress,
     )
-    return evaluate_tasks(
+    found = evaluate_tasks(
         model,
-        names,
-        task_path=TASK_PATH.value,
+        tasks,
         num_fewshot=NUM_FEWSHOT.value,
         limit=LIMIT.value,
         apply_chat_template=CHAT.value,
         log_samples=LOG_SAMPLES.value,
         seed=SEED.value,
     )
+    return {**found, "length": model.max_length}
 
 
 @contextlib.contextmanager

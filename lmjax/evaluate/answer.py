@@ -93,7 +93,7 @@ class Answering:
         devices: Sequence[jax.Device] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        longest = lm.model.max_length
+        longest = lm.decoder.max_length
         if not 0 <= length <= longest:
             raise UserError(f"length is {length}: give 1 to {longest}, or 0 for the longest.")
         self.lm = lm
@@ -218,11 +218,11 @@ class Answering:
         tokens: list[list[int]] = [[] for _ in contexts]
         done: set[int] = set()
         for row, token in self.lm.decoding.batch(
-            self.lm.variables,
+            self.lm.weights(self.lm.decoding.rows(len(contexts))),
             contexts,
             max_tokens=how.max_tokens,
             seeds=[seed % 2**32 for seed in seeds],
-            end_id=tokenizer.end_id,
+            end_ids=self.lm.end_ids,
             done=done,
             **how.drawing,
         ):

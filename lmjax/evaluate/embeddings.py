@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.annotations import shown
 from lmjax.config import build, from_dict
 from lmjax.core import Encoder, Variables
 from lmjax.data.tokenizer import TextTokenizer, tokenizer_from_json
@@ -62,7 +61,7 @@ def load(workdir: str | Path, *, step: int | None = None) -> Embedder:
         raise UserError(f"{workdir} has no task.model: it is no run of an encoder.")
     model = build(from_dict(node))
     if not hasattr(model, "apply") or hasattr(model, "init_cache"):
-        raise UserError(f"task.model of {workdir} is {shown(model)}, and no encoder.")
+        raise UserError(f"task.model of {workdir} is a {type(model).__name__}, and no encoder.")
     return Embedder(
         model=model,
         variables=jax.device_put(variables),

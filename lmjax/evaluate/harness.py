@@ -6,7 +6,6 @@ It is imported only where a task of the harness is asked for; it needs no torch.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +86,11 @@ class HarnessLM(LM):  # type: ignore[misc, unused-ignore]
         return templates.get(name, "")
 
     @property
+    def max_length(self) -> int:
+        """The longest context; some tasks make their questions by it."""
+        return self._answering.max_length
+
+    @property
     def tokenizer_name(self) -> str:
         """Names the tokenizer in the harness's caches."""
         return self._tokenizer.hash
@@ -104,9 +108,8 @@ class HarnessLM(LM):  # type: ignore[misc, unused-ignore]
 
 def evaluate_tasks(
     model: HarnessLM,
-    tasks: Sequence[str],
+    tasks: Sequence[Any],
     *,
-    task_path: str | Path | None = None,
     num_fewshot: int | None = None,
     limit: float | None = None,
     apply_chat_template: bool = False,
@@ -117,26 +120,24 @@ def evaluate_tasks(
 
     Args:
       model: what is evaluated.
-      tasks: names of tasks, groups and tags, or .yaml files.
-      task_path: a folder of further task files. They can run Python: take only what you trust.
+      tasks: see `load_tasks`.
       num_fewshot: examples before each question; None for what the task says.
       limit: questions of each task, or below 1 the share of them; None for all.
       apply_chat_template: puts prompts as a user's message.
       log_samples: also returns each question with the model's answers, as `samples`.
       seed: of the examples that are drawn.
 
-    Raises:
-      UserError: where there is no such task, or it cannot be loaded: offline, unless the variable
-        HF_HUB_OFFLINE is set to 0, only local data can.
+    Raises UserError for what the model cannot answer, and for a chat template that it lacks.
     """
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     if apply_chat_template:
         _chat(model._tokenizer)
-    built = _load(tasks, task_path)
     found: Any = simple_evaluate(
         model=model,
-        tasks=built,
+        tasks=list(tasks),
+        task_manager=TaskManager(include_defaults=False),  # by default it lists all tasks again
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=apply_chat_template,
@@ -149,12 +150,24 @@ def evaluate_tasks(
     names = ["results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "configs"]
     names += ["samples"] if log_samples else []
     kept = {name: found[name] for name in names if name in found}
-    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    plain: dict[str, Any] = json.loads(
+        json.dumps(kept, default=str),
+        parse_constant=lambda _: None,  # NaN, as of the error of a single question
+    )
     return plain
 
 
-def _load(tasks: Sequence[str], task_path: str | Path | None) -> list[Any]:
-    """The harness's objects of tasks and groups by name."""
+def load_tasks(tasks: Sequence[str], task_path: str | Path | None = None) -> list[Any]:
+    """The harness's tasks and groups, with their data.
+
+    Args:
+      tasks: names of tasks, groups and tags, or .yaml files.
+      task_path: a folder of further task files. They can run Python: take only what you trust.
+
+    Raises:
+      UserError: where there is no such task, or it cannot be loaded: offline, unless the variable
+        HF_HUB_OFFLINE is set to 0, only local data can.
+    """
     from lm_eval.tasks import TaskManager
 
     if task_path is not None and not Path(task_path).is_dir():
@@ -167,7 +180,6 @@ def _load(tasks: Sequence[str], task_path: str | Path | None) -> list[Any]:
     # The harness's own tasks take ten seconds to list.
     manager = TaskManager(include_path=own, include_defaults=False)
     if unknown(manager):
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # who overrides whom is meant to be
         manager = TaskManager(include_path=own)
     if wrong := unknown(manager):
         raise UserError(f"there is no task {wrong[0]!r}.{_near(wrong[0], manager.all_tasks)}")
@@ -207,7 +219,7 @@ def _why(error: Exception) -> str:
     if not (offline and network):
         return text
     return (
-        f"{text} Its data is not on this machine, and lmjax does not fetch any: set "
+        f"{text.rstrip('.')}. Its data is not on this machine, and lmjax does not fetch any: set "
         "HF_HUB_OFFLINE=0 to let the harness download it, or give a task file whose dataset_path "
         "is 'json' and whose data_files are local."
     )

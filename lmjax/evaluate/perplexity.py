@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,7 @@ class Perplexity:
       words: of the documents, cut at white space, as lm-evaluation-harness counts them.
       nll: negative log-likelihood of all of these tokens together, in nats.
       unscored: documents of a single token, of which nothing could be scored.
+      length, stride: of the windows.
     """
 
     documents: int
@@ -70,7 +72,9 @@ class Perplexity:
     bytes: int
     words: int
     nll: float
-    unscored: int = 0
+    unscored: int
+    length: int
+    stride: int
 
     def numbers(self) -> dict[str, float | None]:
         """Everything that is reported; None for what is too large for a float.
@@ -84,8 +88,7 @@ class Perplexity:
             "byte_perplexity": _exp(self.nll / self.bytes) if self.bytes else None,
             "word_perplexity": _exp(self.nll / self.words),
         }
-        names = ("documents", "unscored", "windows", "tokens", "bytes", "words", "nll")
-        return {**found, **{name: getattr(self, name) for name in names}}
+        return {**found, **dataclasses.asdict(self)}
 
 
 def perplexity(
@@ -156,6 +159,8 @@ def perplexity(
         words=num_words,
         nll=nll,
         unscored=unscored,
+        length=length,
+        stride=stride,
     )
 
 

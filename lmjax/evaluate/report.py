@@ -93,7 +93,7 @@ def _lines(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
 
 def _number(value: Any) -> str:
     if value is None:
-        return "too large"
+        return "not finite"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.4f}" if isinstance(value, float) else str(value)

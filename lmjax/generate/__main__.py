@@ -1,4 +1,7 @@
-"""`python -m lmjax.generate --workdir=DIR --prompt="ROMEO:"`: text from a trained run."""
+"""`python -m lmjax.generate --workdir=DIR --prompt="ROMEO:"`: text from a trained run.
+
+With --chat each prompt is a message, and what is printed the assistant's answer to it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run", required=True)
 PROMPT = flags.DEFINE_multi_string(
     "prompt", None, "text to continue; several are decoded together", required=True
 )
+CHAT = flags.DEFINE_bool(
+    "chat", False, "each prompt is what a user says: answer it by the tokenizer's chat template"
+)
+SYSTEM = flags.DEFINE_string("system", None, "with --chat: what the assistant is told before")
 MAX_TOKENS = flags.DEFINE_integer(
     "max_tokens", 200, "how many tokens to add at most", lower_bound=0
 )
@@ -75,6 +82,8 @@ def _check() -> None:
             f"--num_beams searches and draws nothing: leave out --{', --'.join(given)}, or "
             "--num_beams."
         )
+    if SYSTEM.value is not None and not CHAT.value:
+        raise UserError("--system is told to an assistant: give --chat too.")
     if not NUM_BEAMS.value and flags.FLAGS[LENGTH_PENALTY.name].present:
         raise UserError("--length_penalty is for a search: give --num_beams too.")
 
@@ -85,8 +94,8 @@ def _settings() -> dict[str, Any]:
 
 def _speak(lm: LanguageModel) -> None:
     """Prints what is asked for."""
-    prompts = PROMPT.value
-    echoed = [""] * len(prompts) if lm.reads_source else prompts
+    prompts = [_conversation(prompt) if CHAT.value else prompt for prompt in PROMPT.value]
+    echoed = [""] * len(prompts) if lm.reads_source or CHAT.value else prompts
     how: dict[str, Any] = {"max_tokens": MAX_TOKENS.value, "stop": STOP.value}
     if NUM_BEAMS.value:
         for number, prompt in enumerate(prompts):
@@ -104,7 +113,12 @@ def _speak(lm: LanguageModel) -> None:
         print()
         return
     texts = lm.generate_batch(prompts, **how)
-    print("\n\n".join(prompt + text for prompt, text in zip(echoed, texts, strict=True)))
+    print("\n\n".join(said + text for said, text in zip(echoed, texts, strict=True)))
+
+
+def _conversation(prompt: str) -> list[dict[str, str]]:
+    told = [] if SYSTEM.value is None else [{"role": "system", "content": SYSTEM.value}]
+    return [*told, {"role": "user", "content": prompt}]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ K beams, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,8 @@ class BeamSearch:
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding = decoding
-        self._first = jax.jit(self._first_step, static_argnames=("length", "width"))
-        self._next = jax.jit(self._next_step, donate_argnames="cache")
+        self._first = jax.jit(self._first_step, static_argnames=("length", "width", "ends"))
+        self._next = jax.jit(self._next_step, static_argnames="ends", donate_argnames="cache")
 
     def search(
         self,
@@ -60,13 +60,14 @@ class BeamSearch:
         num_beams: int,
         max_tokens: int,
         length_penalty: float = 1.0,
-        end_id: int | None = None,
+        end_ids: Collection[int] = (),
         ended: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[Continuation]:
-        """Up to `num_beams` continuations, best first; each ends at `end_id` or at `max_tokens`.
+        """Up to `num_beams` continuations, best first, each ended by an end or `max_tokens`.
 
         Args:
           length_penalty: above 0 favours long texts, below 0 short ones; 0 compares sums.
+          end_ids: tokens that end a text; of n of them (1 + n) K continuations are looked at.
           ended: whether tokens end a text in another way (a stop string, say).
 
         Raises:
@@ -80,9 +81,9 @@ class BeamSearch:
             return [Continuation(tokens=(), score=0.0)]
         tokens_1T, _ = self.decoding.padded([prompt], 1)
         size = self.decoding.room(tokens_1T, len(prompt))
-        weights = as_weights(variables)
+        weights, ends = as_weights(variables), max(len(end_ids), 1)
         candidates, cache = self._first(
-            weights.stacked, tokens_1T, jnp.int32(len(prompt)), length=size, width=K
+            weights.stacked, tokens_1T, jnp.int32(len(prompt)), length=size, width=K, ends=ends
         )
         held = self.decoding.begun(len(prompt))
         texts: list[tuple[int, ...]] = [()] * K
@@ -94,11 +95,11 @@ class BeamSearch:
                 if total == -np.inf:
                     continue
                 text = (*texts[parent], token)
-                over = token == end_id or (ended is not None and ended(text))
+                over = token in end_ids or (ended is not None and ended(text))
                 if not over:
                     open_beams.append((text, total, parent))
                 if (over or length == max_tokens) and rank < K:
-                    tokens = text[:-1] if token == end_id else text
+                    tokens = text[:-1] if token in end_ids else text
                     kept.append(Continuation(tokens=tokens, score=total / length**length_penalty))
             kept = sorted(kept, key=lambda one: -one.score)[:K]
             open_beams = open_beams[:K]
@@ -122,6 +123,7 @@ class BeamSearch:
                 np.pad(parents, (0, missing)).astype(np.int32),
                 np.array([text[-1] if text else 0 for text in texts], np.int32),
                 np.pad(totals, (0, missing), constant_values=-np.inf).astype(np.float32),
+                ends=ends,
             )
             held += 1
         return kept
@@ -134,12 +136,13 @@ class BeamSearch:
         *,
         length: int,
         width: int,
+        ends: int,
     ) -> tuple[tuple[jax.Array, ...], Any]:
         logits_1V, cache = self.decoding.read(variables, tokens_1T, filled, None, size=length)
         cache = {
             name: jnp.repeat(x, width, axis=_rows(x)) if x.ndim else x for name, x in cache.items()
         }
-        return self._candidates(logits_1V, jnp.zeros((1,)), width), cache
+        return self._candidates(logits_1V, jnp.zeros((1,)), (1 + ends) * width), cache
 
     def _next_step(
         self,
@@ -148,6 +151,8 @@ class BeamSearch:
         parents_K: jax.Array,
         token_K: jax.Array,
         totals_K: jax.Array,
+        *,
+        ends: int,
     ) -> tuple[tuple[jax.Array, ...], Any]:
         cache = {  # what is of the source is the same for all beams
             name: jnp.take(x, parents_K, axis=_rows(x))
@@ -156,18 +161,18 @@ class BeamSearch:
             for name, x in cache.items()
         }
         logits_KV, cache = self.decoding.step(weights, cache, token_K)
-        return self._candidates(logits_KV, totals_K, len(token_K)), cache
+        return self._candidates(logits_KV, totals_K, (1 + ends) * len(token_K)), cache
 
     def _candidates(
-        self, logits_KV: jax.Array, totals_K: jax.Array, width: int
+        self, logits_KV: jax.Array, totals_K: jax.Array, count: int
     ) -> tuple[jax.Array, ...]:
         """(total log-probability, beam, token) of the likeliest continuations, best first.
 
-        A beam can end in one token only, so that among twice as many K go on.
+        A beam can end in `ends` tokens only, so that among (1 + ends) K of them K go on.
         """
         V = self.decoding.model.vocab_size
         totals_KV = totals_K[:, None] + jax.nn.log_softmax(logits_KV[:, :V], axis=-1)
-        best, index = jax.lax.top_k(totals_KV.ravel(), min(2 * width, totals_KV.size))
+        best, index = jax.lax.top_k(totals_KV.ravel(), min(count, totals_KV.size))
         return best, index // V, index % V
 
     def _check(

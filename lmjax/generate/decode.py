@@ -6,7 +6,7 @@ B batch, T length, S cache length, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -58,17 +58,17 @@ class Decoding:
         *,
         max_tokens: int,
         seed: int = 0,
-        end_id: int | None = None,
+        end_ids: Collection[int] = (),
         **settings: Unpack[Settings],
     ) -> Iterator[int]:
-        """Yields up to `max_tokens` tokens after the prompt, or until `end_id` comes.
+        """Yields up to `max_tokens` tokens after the prompt, or until one of `end_ids`.
 
         Token i is drawn with a key that is a function of (seed, i), as `Sampling` says. On a CPU
         `Weights` with layers apart take half the time a token. Raises
         UserError for an empty prompt, a token beyond the vocabulary, or settings out of range.
         """
         for _, token in self.batch(
-            variables, [prompt], max_tokens=max_tokens, seeds=[seed], end_id=end_id, **settings
+            variables, [prompt], max_tokens=max_tokens, seeds=[seed], end_ids=end_ids, **settings
         ):
             yield token
 
@@ -79,7 +79,7 @@ class Decoding:
         *,
         max_tokens: int,
         seeds: Sequence[int],
-        end_id: int | None = None,
+        end_ids: Collection[int] = (),
         done: set[int] | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[tuple[int, int]]:
@@ -104,7 +104,7 @@ class Decoding:
             views, histories = histories, [[self.model.start_id] for _ in histories]
         else:
             views = [history[-context:] for history in histories]
-        rows = _bucket(len(prompts), 1)
+        rows = self.rows(len(prompts))
         keys = _keys(np.pad(np.asarray(seeds, np.uint32), (0, rows - len(seeds))))
         if not prompts or max_tokens == 0:
             return
@@ -122,7 +122,7 @@ class Decoding:
             for row, history in enumerate(histories):
                 if row in done:
                     continue
-                if values[row] == end_id:
+                if values[row] in end_ids:
                     done.add(row)
                     continue
                 history.append(values[row])
@@ -177,6 +177,10 @@ class Decoding:
     def cache_size(self, length: int) -> int:
         """The length of the cache that serves `length` tokens."""
         return min(_bucket(length, self.smallest_cache), self.model.max_length)
+
+    def rows(self, count: int) -> int:
+        """How many rows a step has for so many prompts."""
+        return _bucket(count, 1)
 
     def begun(self, length: int) -> int:
         """How many slots of a cache a prompt of so many tokens fills: of a source, the start."""

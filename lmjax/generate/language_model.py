@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 from lmjax.annotations import shown
 from lmjax.config import build, from_dict
 from lmjax.core import Decoder, EncoderDecoder, Variables
+from lmjax.data.subword import SubwordTokenizer
 from lmjax.data.tokenizer import TextTokenizer, tokenizer_from_json
 from lmjax.engine.checkpoint import Checkpoints
 from lmjax.errors import UserError
@@ -33,6 +34,8 @@ from lmjax.generate.weights import (
 )
 from lmjax.ops.losses import logits
 
+# A text, or a conversation: messages with "role" and "content", for the tokenizer's chat template.
+Prompt = str | Sequence[Mapping[str, Any]]
 # What a call draws with where it does not say otherwise.
 DEFAULTS: Settings = {"temperature": 0.8, "top_k": 50}
 
@@ -42,6 +45,10 @@ class LanguageModel:
     """A decoder with its parameters and its tokenizer.
 
     Or an encoder-decoder: its prompts are sources, and their continuations what it makes of them.
+    Of a conversation the continuation is the assistant's answer.
+
+    Args:
+      more_ends: ids that end a text beside the tokenizer's `end_id`.
     """
 
     model: Decoder | EncoderDecoder
@@ -49,10 +56,11 @@ class LanguageModel:
     tokenizer: TextTokenizer
     decoding: Decoding
     step: int
+    more_ends: tuple[int, ...] = ()
 
     def generate(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         max_tokens: int = 200,
         seed: int = 0,
@@ -64,7 +72,7 @@ class LanguageModel:
 
     def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         max_tokens: int = 200,
         seed: int = 0,
@@ -80,15 +88,15 @@ class LanguageModel:
           settings: temperature (0.8), top_k (50), top_p, min_p, repetition_penalty, see
             `sample.Sampling`.
         """
-        ids = self.tokenizer.encode_prompt(prompt)
+        ids = self.encode(prompt)
         text = TextStream(self.tokenizer, self._before(ids), stop=stop)
         drawing: Settings = {**DEFAULTS, **settings}
         tokens = self.decoding.tokens(
-            self._weights(1),
+            self.weights(1),
             ids,
             max_tokens=max_tokens,
             seed=seed,
-            end_id=self._end_id,
+            end_ids=self.end_ids,
             **drawing,
         )
         for token in tokens:
@@ -101,7 +109,7 @@ class LanguageModel:
 
     def generate_batch(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         max_tokens: int = 200,
         seed: int | Sequence[int] = 0,
@@ -117,16 +125,16 @@ class LanguageModel:
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each.")
-        ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        ids = [self.encode(prompt) for prompt in prompts]
         texts = [TextStream(self.tokenizer, self._before(one), stop=stop) for one in ids]
         done: set[int] = set()
         drawing: Settings = {**DEFAULTS, **settings}
         for row, token in self.decoding.batch(
-            self._weights(len(prompts)),
+            self.weights(self.decoding.rows(len(prompts))),
             ids,
             max_tokens=max_tokens,
             seeds=seeds,
-            end_id=self._end_id,
+            end_ids=self.end_ids,
             done=done,
             **drawing,
         ):
@@ -139,7 +147,7 @@ class LanguageModel:
 
     def search(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         num_beams: int = 4,
         max_tokens: int = 200,
@@ -150,7 +158,7 @@ class LanguageModel:
 
         See `beam.BeamSearch`; a stop string ends a text as the document's end does.
         """
-        ids = self.tokenizer.encode_prompt(prompt)
+        ids = self.encode(prompt)
 
         def read(tokens: Sequence[int]) -> TextStream:
             text = TextStream(self.tokenizer, self._before(ids), stop=stop)
@@ -159,12 +167,12 @@ class LanguageModel:
             return text
 
         found = self._beam_search.search(
-            self._weights(num_beams),
+            self.weights(num_beams),
             ids,
             num_beams=num_beams,
             max_tokens=max_tokens,
             length_penalty=length_penalty,
-            end_id=self._end_id,
+            end_ids=self.end_ids,
             ended=(lambda tokens: read(tokens).stopped) if stop else None,
         )
         texts = [read(one.tokens) for one in found]
@@ -173,10 +181,19 @@ class LanguageModel:
         return [(text.text, one.score) for text, one in zip(texts, found, strict=True)]
 
     def logits(self, text: str) -> jax.Array:
-        """The logits after each token of a text, [T, V]; row t is of the token after token t."""
-        tokens_1T = jnp.asarray(self.tokenizer.encode(text))[None]
-        output = self.decoder.apply(self.variables, tokens_1T)
-        return logits(output.hidden_BTD, output.unembedding)[0]
+        """The logits after each token of a prompt, [T, V]; row t is of the token after token t."""
+        return self._logits(self.variables, jnp.asarray(self.encode(text))[None])[0]
+
+    @functools.cached_property
+    def _logits(self) -> Callable[[Variables, jax.Array], jax.Array]:
+        decoder = self.decoder
+
+        @jax.jit
+        def run(variables: Variables, tokens_1T: jax.Array) -> jax.Array:
+            output = decoder.apply(variables, tokens_1T)
+            return logits(output.hidden_BTD, output.unembedding)
+
+        return run
 
     @property
     def decoder(self) -> Decoder:
@@ -198,10 +215,25 @@ class LanguageModel:
         return ids[:0] if self.reads_source else ids
 
     @property
-    def _end_id(self) -> int | None:
-        return getattr(self.tokenizer, "end_id", None)
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end a text."""
+        return frozenset((self.tokenizer.end_id, *self.more_ends))
 
-    def _weights(self, rows: int) -> Weights:
+    def encode(self, prompt: Prompt) -> np.ndarray:
+        """A prompt's ids as the model reads them: with bos, and a conversation by its template.
+
+        Raises UserError for a conversation where the tokenizer has no chat template.
+        """
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_prompt(prompt)
+        if not isinstance(self.tokenizer, SubwordTokenizer):
+            raise UserError(
+                "the prompt is a conversation, and the run's tokenizer, of bytes or characters, "
+                "has no chat template: give a text."
+            )
+        return self.tokenizer.encode_chat(prompt, add_generation_prompt=True).ids
+
+    def weights(self, rows: int) -> Weights:
         """The weights as a step of so many rows reads them fastest."""
         on_cpu = jax.default_backend() == "cpu"
         return self._wide if on_cpu and rows < FEW_ROWS else self._narrow
@@ -247,6 +279,11 @@ def load(workdir: str | Path, *, step: int | None = None) -> LanguageModel:
         model = build(from_dict(node))
     except UserError as error:
         raise UserError(f"task.model of {config} is damaged: {error}") from error
+    if hasattr(model, "apply") and not hasattr(model, "init_cache"):
+        raise UserError(
+            f"task.model of {config} is a {type(model).__name__}, which writes no text: "
+            "lmjax.evaluate.embeddings.load reads encoders."
+        )
     if not hasattr(model, "init_cache"):
         raise UserError(f"task.model of {config} is damaged: it gives {shown(model)}.")
     checkpoints = Checkpoints(Path(workdir) / "checkpoints")
@@ -258,4 +295,23 @@ def load(workdir: str | Path, *, step: int | None = None) -> LanguageModel:
         tokenizer=tokenizer_from_json(about["tokenizer"]),
         decoding=Decoding(model),
         step=step,
+        more_ends=_published_ends(Path(workdir) / "huggingface"),
     )
+
+
+def _published_ends(folder: Path) -> tuple[int, ...]:
+    """The eos_token_id, one or several, that weights were published with, if the run was imported.
+
+    generation_config.json goes before config.json, as in `transformers`.
+    """
+    for name in ("generation_config.json", "config.json"):
+        try:
+            held = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{folder / name} cannot be read ({error}): import again.") from error
+        found = held if isinstance(held, list) else [held]
+        if ends := tuple(one for one in found if type(one) is int):
+            return ends
+    return ()

@@ -34,25 +34,8 @@ class Weights(NamedTuple):
     apart: Any = None
 
 
-@jax.tree_util.register_pytree_node_class
-class Apart:
-    """One array for each layer, in the place of their stack."""
-
-    def __init__(self, layers: tuple[Any, ...]) -> None:
-        self.layers = layers
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
-        """The layers."""
-        return self.layers, None
-
-    @classmethod
-    def tree_unflatten(cls, _: None, layers: tuple[Any, ...]) -> Apart:
-        """Of the layers."""
-        return cls(layers)
-
-
 def apart(variables: Variables) -> Any:
-    """The same weights with an `Apart` for each array of a stack of layers.
+    """The same weights with a tuple of layers in the place of each array of a stack.
 
     For arrays that lie in the memory of one CPU: it copies none whose layers are aligned.
     """
@@ -60,7 +43,7 @@ def apart(variables: Variables) -> Any:
     def split(path: Any, x: jax.Array) -> Any:
         if not any(getattr(key, "key", None) == _STACKED for key in path):
             return x
-        return Apart(tuple(map(jax.device_put, np.asarray(x))))
+        return tuple(map(jax.device_put, np.asarray(x)))
 
     return jax.tree_util.tree_map_with_path(split, variables)
 
@@ -68,9 +51,9 @@ def apart(variables: Variables) -> Any:
 def together(variables: Any) -> Variables:
     """Inverse of `apart`; in an unrolled program the compiler removes stack and slices."""
     return jax.tree.map(
-        lambda x: jnp.stack(x.layers) if isinstance(x, Apart) else x,
+        lambda x: jnp.stack(x) if isinstance(x, tuple) else x,
         variables,
-        is_leaf=lambda x: isinstance(x, Apart),
+        is_leaf=lambda x: isinstance(x, tuple),
     )
 
 

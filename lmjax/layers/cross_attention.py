@@ -1,6 +1,7 @@
 """Attention from one sequence to another, with an optional cache.
 
-B batch, T queries, M memory length, D embed, H query heads, G key-value heads, K head dim, L layers.
+B batch, T queries, M memory length, D embed, H query heads, G key-value heads, K head dim,
+L layers.
 """
 
 from __future__ import annotations
@@ -91,12 +92,15 @@ class CrossAttention(nn.Module):
             cache = dict(cache)
             if memory_BMD is not None:
                 for name, new in (("cross_key", k_BMGK), ("cross_value", v_BMGK)):
-                    rows_LBMGK = cache[name]
+                    rows_LBGMK = cache[name]
+                    new_BGMK = jnp.swapaxes(new, 1, 2).astype(rows_LBGMK.dtype)
                     cache[name] = jax.lax.dynamic_update_index_in_dim(
-                        rows_LBMGK, new.astype(rows_LBMGK.dtype), layer, axis=0
+                        rows_LBGMK, new_BGMK, layer, axis=0
                     )
-            k_BMGK = jax.lax.dynamic_index_in_dim(cache["cross_key"], layer, keepdims=False)
-            v_BMGK = jax.lax.dynamic_index_in_dim(cache["cross_value"], layer, keepdims=False)
+            k_BMGK, v_BMGK = (
+                jnp.swapaxes(jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False), 1, 2)
+                for name in ("cross_key", "cross_value")
+            )
         if segments_BT is None and memory_segments_BM is not None:
             segments_BT = jnp.ones((B, T), jnp.int32)
         use_dropout = train and self.dropout > 0
@@ -124,12 +128,13 @@ class CrossAttention(nn.Module):
 
     def init_cache(self, num_layers: int, batch_size: int, length: int) -> dict[str, jax.Array]:
         """Room for keys and values of a memory of `length` tokens, in all layers."""
-        shape = (num_layers, batch_size, length, self.num_kv_heads, self.head_dim)
+        shape = (num_layers, batch_size, self.num_kv_heads, length, self.head_dim)
         zeros = jnp.zeros(shape, activation_dtype(self.dtype))
         return {"cross_key": zeros, "cross_value": jnp.array(zeros)}
 
     def flop(self, num_queries: int, num_keys: int) -> float:
         """FLOP of the forward pass of so many tokens over a memory of so many."""
         inner = self.num_heads * self.head_dim
+        of_queries = 4.0 * self.dim * inner * num_queries
         of_memory = 4.0 * self.dim * self.num_kv_heads * self.head_dim * num_keys
-        return 4.0 * self.dim * inner * num_queries + of_memory + 4.0 * inner * num_queries * num_keys
+        return of_queries + of_memory + 4.0 * inner * num_queries * num_keys

@@ -73,7 +73,7 @@ class EncoderDecoderLM(nn.Module):
         Raises UserError for a source or target beyond `max_length`, targets with segments whose
         source has none, and where there is neither a source nor a cache that holds one.
         """
-        B, T = tokens_BT.shape
+        T = tokens_BT.shape[1]
         if source_BM is None and self.is_initializing():
             source_BM = tokens_BT
         if segments_BT is not None and source_segments_BM is None:

@@ -230,9 +230,10 @@ def t5_v1_0(
     remat: Remat = "none",
     unroll: int = 1,
 ) -> EncoderDecoderLM:
-    """The original T5 small (60,506,624 parameters), base (222,903,552), large (737,668,096), 3B, 11B.
+    """The original T5 small to 11B.
 
-    Numbers that are given stand in the place of the preset's.
+    60,506,624, 222,903,552, 737,668,096, 2,851,598,336 and 11,307,321,344 parameters. Numbers
+    that are given stand in the place of the preset's.
     """
     return _preset(T5_V1_0_SIZES, **locals(), gated=False, tied=True)
 

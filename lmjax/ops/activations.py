@@ -73,7 +73,8 @@ def _gelu_erf_bwd(dtype: jnp.dtype, x: jax.Array, dy: jax.Array) -> tuple[jax.Ar
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
-    return 0.5 * jax.lax.erfc(-x * math.sqrt(0.5))
+    # erfc(-x / sqrt 2) / 2 would keep the digits of a tiny tail, and takes twice as long on a CPU.
+    return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
 
 
 _gelu_erf.defvjp(_gelu_erf_fwd, _gelu_erf_bwd)

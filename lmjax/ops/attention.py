@@ -58,8 +58,8 @@ def attention(
         smallest int32 is no segment: kernels need it for keys that are not filled.
       kv_length: how many of the keys are filled, a scalar or one per row.
       implementation: "auto" takes, for queries and keys of the same positions and no bias, the ring
-        over the mesh axis `context` where it has more than one device, the splash kernel on a TPU (no
-        dropout, 128 tokens or more) and cuDNN's flash attention on a GPU (bf16 or fp16, no
+        over the mesh axis `context` where it has more than one device, the splash kernel on a TPU
+        (no dropout, 128 tokens or more) and cuDNN's flash attention on a GPU (bf16 or fp16, no
         dropout or soft-cap); else our own gradient on a CPU (no soft-cap), and plain XLA elsewhere.
 
     Raises:

@@ -86,7 +86,7 @@ QWEN3 = {
 }
 _GEMMA = {
     **_PLAIN,
-    "head_dim": 10,
+    "head_dim": 16,
     "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": 12,
     "sliding_window": 8,
@@ -114,10 +114,10 @@ QWEN3_MOE = {
     **{k: v for k, v in _PLAIN.items() if k != "intermediate_size"},
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
-    "head_dim": 10,
+    "head_dim": 16,
     "num_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12,
+    "moe_intermediate_size": 48,
     "norm_topk_prob": True,
 }
 CONFIGS = {

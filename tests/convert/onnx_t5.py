@@ -1,8 +1,8 @@
 """A T5 that was exported to int8 ONNX, as a folder of Hugging Face's; needs numpy and safetensors.
 
-The package traceforge-title-model holds FLAN-T5 small so: an encoder, and a decoder with its output
-layer, each matrix as 8-bit integers with a scale and a zero point, a pair for all of it or for each
-column. Nodes have the paths of the modules that they came from, which give the matrices their names.
+The package traceforge-title-model holds a FLAN-T5 small so: an encoder, and a decoder with its
+output layer, each matrix as 8-bit integers with a scale and a zero point. Nodes have the paths of
+the modules that they came from, which give the matrices their names.
 
 ONNX files are protocol buffers; of them only what is needed is read:
 https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
@@ -109,7 +109,7 @@ def parameters(file):
     found = {name: x for name, x in arrays.items() if name.endswith("layer_norm.weight")}
 
     def whole(name):
-        """What was quantised: (q - zero point) * scale, a pair for all or for each column."""
+        """What was quantised: (q - zero point) * scale."""
         quantised = arrays[f"{name}_quantized"].astype(np.float32)
         zero = arrays[f"{name}_zero_point"].astype(np.float32)
         return (quantised - zero) * arrays[f"{name}_scale"]

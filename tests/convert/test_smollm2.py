@@ -109,8 +109,9 @@ def test_the_exported_folder_in_transformers(workdir, source, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("q8_0", 0.1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("q8_0", 0.6)])
 def test_the_exported_file_in_llama_cpp(workdir, tmp_path, dtype, tolerance):
+    """With weights of 8 bits llama.cpp rounds what they are multiplied with to 8 bits too."""
     from tests.convert.llama_cpp import log_probabilities
 
     pytest.importorskip("xllamacpp")

@@ -55,6 +55,7 @@ def workdir(source, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_transformers(tmp_path):
     """Those stored with the weights that transformers' GPT-2 had when it made them."""
     stored = np.load(Path(__file__).parents[1] / "models" / "gpt2_reference.npz")
@@ -105,12 +106,17 @@ class Words:
     tokenizer = type("T", (), {"to_json": lambda self: ""})()
 
 
-def test_init_from_a_folder_of_hugging_face(source, devices, caplog):
+@pytest.fixture(scope="module")
+def padded():
+    """A run whose tables are padded, and its program on eight devices."""
+    run = run_of(None, Layout(data=2, fsdp=2, tensor=2), vocab_multiple=8)
+    return run, draft_run(run, devices=jax.devices()[:8])
+
+
+def test_init_from_a_folder_of_hugging_face(source, padded, caplog):
     """Straight to eight devices, the tables padded as this run's model has them."""
-    run = run_of(f"hf:{source}", Layout(data=2, fsdp=2, tensor=2), vocab_multiple=8)
-    program = draft_run(run, devices=devices)
     with caplog.at_level(logging.INFO, logger="lmjax"):
-        state = warm_start.start(run.init_from, run, program, LOADERS)
+        state = warm_start.start(f"hf:{source}", *padded, LOADERS)
     found = paths_of(merge(state.params, state.frozen))
     wanted = folders.ours(LLAMA, folders.drawn(LLAMA))
     assert found.keys() == wanted.keys()
@@ -125,10 +131,36 @@ def test_init_from_a_folder_of_hugging_face(source, devices, caplog):
     assert "its tokenizer is another" in caplog.text
 
 
-def test_init_from_an_imported_workdir(workdir, devices):
+def test_rows_that_a_table_of_the_vocabulary_lacks_are_initialised():
+    """Of its own alone: more positions would be another model, and fewer rows lose some."""
+    shapes = {"embed/table": (4, 2), "positions/table": (4, 2)}
+    wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+
+    def saved(rows, positions):
+        sizes = {"embed/table": [rows, 2], "positions/table": [positions, 2]}
+        return {"arrays": {f"params/{path}": {"shape": shape} for path, shape in sizes.items()}}
+
+    warm = warm_start.WarmStart(path="x")
+    assert warm_start.plan(warm, wanted, saved(3, 4)).reshaped == {"embed/table": ((3, 2), (4, 2))}
+    for sizes, wrong in (((5, 4), "embed/table"), ((4, 3), "positions/table")):
+        with pytest.raises(
+            UserError, match=rf"{wrong} is \[4, 2\].* vocab_size and vocab_multiple"
+        ):
+            warm_start.plan(warm, wanted, saved(*sizes))
+
+    class Task:
+        def init(self, rng, batch):
+            return {"params": {"embed": {"table": jax.numpy.full((4, 2), 7.0)}}}
+
+    loaded = warm_start._Loaded(Task(), {"embed/table": jax.numpy.zeros((3, 2))})
+    made = loaded.init(None, None)["params"]["embed"]["table"]
+    np.testing.assert_array_equal(made, [[0, 0]] * 3 + [[7, 7]])
+
+
+@pytest.mark.slow
+def test_init_from_an_imported_workdir(workdir, padded):
     """Its tables have no padding, and this run's have."""
-    run = run_of(str(workdir), Layout(fsdp=8), vocab_multiple=8)
-    state = warm_start.start(run.init_from, run, draft_run(run, devices=devices))
+    state = warm_start.start(str(workdir), *padded)
     wanted = folders.ours(LLAMA, folders.drawn(LLAMA))
     for path, array in paths_of(merge(state.params, state.frozen)).items():
         if path.endswith("table"):
@@ -137,7 +169,7 @@ def test_init_from_an_imported_workdir(workdir, devices):
         np.testing.assert_array_equal(array, wanted[path], err_msg=path)
 
 
-@pytest.mark.parametrize("path", ["hf:{}", "{}"])
+@pytest.mark.parametrize("path", ["hf:{}", pytest.param("{}", marks=pytest.mark.slow)])
 def test_init_from_another_model_is_refused(source, workdir, devices, path):
     where = source if path.startswith("hf:") else workdir
     run = run_of(path.format(where), Layout(fsdp=8), hidden=64)
@@ -164,10 +196,12 @@ def test_each_block_goes_to_its_devices(source, devices):
 
 
 def test_a_trained_run_is_exported_with_its_averages(tmp_path, workdir, source):
-    """A checkpoint as a run leaves it; of the parameters their averages, and no original folder."""
+    """A checkpoint as a run leaves it, its tables padded: of the parameters their averages."""
     wanted = {k: 2 * v for k, v in folders.ours(LLAMA, folders.drawn(LLAMA)).items()}
     tree = {}
     for path, array in wanted.items():
+        if path.endswith("table"):
+            array = np.pad(array, ((0, 3), (0, 0)), constant_values=np.nan)
         node = tree
         for name in path.split("/")[:-1]:
             node = node.setdefault(name, {})
@@ -175,6 +209,7 @@ def test_a_trained_run_is_exported_with_its_averages(tmp_path, workdir, source):
     halved = jax.tree.map(lambda x: x / 2, tree)
     state = {"params": halved, "opt_state": {"averaged_params": tree}}
     config = json.loads((workdir / "config.json").read_text())
+    config["task"]["model"]["vocab_multiple"] = 8
     tokenizer = (workdir / "tokenizer.json").read_text()
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     checkpoints.save(7, state, {"config": config, "tokenizer": tokenizer})

@@ -9,6 +9,8 @@ import itertools
 import json
 from pathlib import Path
 
+from lmjax.data.source import Document
+
 FACTS = Path(__file__).with_name("facts.jsonl")
 
 SHARED = """
@@ -65,6 +67,10 @@ def texts() -> list[str]:
     sentences = [f"{fact['question']} {fact['choices'][fact['answer']]}." for fact in facts()]
     cuts = [0, 1, 4, 12, 60]
     return [" ".join(sentences[a:b]) for a, b in itertools.pairwise(cuts)]
+
+
+def document(text: str) -> Document:
+    return Document(name=text[:20], text=text)
 
 
 def write(folder: Path) -> None:

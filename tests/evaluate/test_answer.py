@@ -109,8 +109,13 @@ def test_texts_are_those_of_each_request_alone():
 
     def alone(number, max_tokens, temperature):
         ids = list(prompts[number].encode())[-(30 - max_tokens) :] or [256]
-        how = {"max_tokens": max_tokens, "end_id": 256, "temperature": temperature, "done": set()}
-        found = lm.decoding.batch(lm.variables, [ids], seeds=[7 + number], **how)
+        how = {
+            "max_tokens": max_tokens,
+            "end_ids": [256],
+            "temperature": temperature,
+            "done": set(),
+        }
+        found = lm.decoding.batch(lm.weights(1), [ids], seeds=[7 + number], **how)
         return lm.tokenizer.decode([token for _, token in found])
 
     greedy = [alone(number, 9, 0.0) for number in range(6)]
@@ -139,7 +144,7 @@ def test_drawn_texts_are_those_of_each_request_alone(speaker):
         how = {"max_tokens": 5, "temperature": 1.5, "top_k": 0, "seed": 7 + number}
         assert found[number] == speaker.generate(prompt, **how)
     begun = speaker.decoding.tokens(
-        speaker.variables, [256], max_tokens=4, temperature=0.0, end_id=256
+        speaker.variables, [256], max_tokens=4, temperature=0.0, end_ids=[256]
     )
     assert found[2] == speaker.tokenizer.decode(list(begun))
 

@@ -53,15 +53,18 @@ def logprobs(variables, context):
 class Decoding:
     """Draws by the toy's own numbers, without anything compiled; in the place of the real one."""
 
-    def batch(self, variables, prompts, *, max_tokens, seeds, end_id, done, temperature):
+    def rows(self, count):
+        return count
+
+    def batch(self, weights, prompts, *, max_tokens, seeds, end_ids, done, temperature):
         texts = [list(prompt) for prompt in prompts]
         for step in range(max_tokens):
             for row, text in enumerate(texts):
                 if row in done:
                     continue
                 noise = np.random.default_rng((seeds[row], step)).gumbel(size=257)
-                token = int((logprobs(variables, text) + temperature * noise).argmax())
-                if token == end_id:
+                token = int((logprobs(weights.stacked, text) + temperature * noise).argmax())
+                if token in end_ids:
                     done.add(row)
                     continue
                 text.append(token)

@@ -96,7 +96,7 @@ def test_a_wide_search_finds_the_best_of_all_texts(
         num_beams=90,
         max_tokens=3,
         length_penalty=length_penalty,
-        end_id=END,
+        end_ids=[END],
     )
     assert len(found) == len(scored) == 85
     check(found[:10], scored[:10])
@@ -109,7 +109,7 @@ def test_a_narrow_search_is_the_plain_one(
 ):
     """Stopping early changes nothing; the cache grows on the way."""
     how = {"num_beams": 3, "max_tokens": 12, "length_penalty": length_penalty}
-    found = search.search(variables, prompt, end_id=END, **how)
+    found = search.search(variables, prompt, end_ids=[END], **how)
     check(found, plain_search(next_log_probs, prompt, **how))
 
 

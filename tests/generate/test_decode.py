@@ -63,6 +63,7 @@ def cached(model, variables):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [1, 5, 31, 32, 33])
 def test_cached_logits_equal_full_forward(model, full, cached, split):
     """A prompt in one piece, the rest token by token, the cache growing from 40 to 64 slots."""
@@ -86,17 +87,6 @@ def test_greedy_text_equals_the_plainest_decoder(decoding, variables, full, leng
     assert found == greedy(full, prompt, 36)
 
 
-def test_a_bucket_is_compiled_once(model, variables):
-    decoding = Decoding(model)
-    for length in (3, 9, 20):
-        list(decoding.tokens(variables, np.arange(length), max_tokens=10))
-    for sizes in ((3, 9, 20), (1, 2, 3, 4)):
-        together(decoding, variables, [range(n) for n in sizes], max_tokens=5, seeds=[*sizes])
-    assert decoding._read._cache_size() == 2
-    assert decoding._step._cache_size() == 2
-    assert decoding._draw._cache_size() == 2
-
-
 def test_text_longer_than_the_context_goes_on_from_its_later_half(decoding, variables, full):
     prompt = np.arange(10)
     found = list(decoding.tokens(variables, prompt, max_tokens=150, temperature=0.0))
@@ -116,6 +106,30 @@ def together(decoding, variables, prompts, **arguments):
     return texts
 
 
+def test_a_bucket_is_compiled_once(decoding, variables):
+    """Other prompts, seeds and settings in the buckets of one row and of eight compile nothing."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    def run(*sizes, **settings):
+        prompts = [range(size) for size in sizes]
+        list(decoding.batch(variables, prompts, max_tokens=8, seeds=[*sizes], **settings))
+
+    run(3), run(3, 9, 40, 1, 5)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        run(9, top_k=5), run(20, temperature=0.0, repetition_penalty=1.5)
+        run(1, 2, 35, 4, 7, 20, min_p=0.1), run(40, 39, 38, 37, 36, 35, 34, 33, top_p=0.5)
+        assert not compiled
+        jax.jit(lambda x: x + 5)(np.float32(1))
+        assert len(compiled) == 1
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 20, "min_p": 0.01}])
 def test_rows_of_a_batch_are_what_they_are_alone(decoding, variables, settings):
     """Five unequal prompts, through two caches and past the context, until rows end."""
@@ -129,21 +143,22 @@ def test_rows_of_a_batch_are_what_they_are_alone(decoding, variables, settings):
     end = alone[2][30]
     ended = [text[: text.index(end)] if end in text else text for text in alone]
     assert min(map(len, ended)) <= 30
-    found = together(decoding, variables, PROMPTS, seeds=seeds, end_id=end, **settings)
+    found = together(decoding, variables, PROMPTS, seeds=seeds, end_ids=[end], **settings)
     assert found == ended
 
 
 def test_a_row_that_wants_no_more_leaves_the_others_alone(decoding, variables):
-    arguments = {"max_tokens": 12, "seeds": [0, 1], "temperature": 0.0}
-    whole = together(decoding, variables, PROMPTS[:2], **arguments)
-    done, texts = set(), [[], []]
-    for row, token in decoding.batch(variables, PROMPTS[:2], done=done, **arguments):
+    arguments = {"max_tokens": 12, "seeds": [0] * 5, "temperature": 0.0}
+    whole = together(decoding, variables, PROMPTS, **arguments)
+    done, texts = set(), [[] for _ in PROMPTS]
+    for row, token in decoding.batch(variables, PROMPTS, done=done, **arguments):
         texts[row].append(token)
         if len(texts[0]) == 3:
             done.add(0)
-    assert texts == [whole[0][:3], whole[1]]
+    assert texts == [whole[0][:3], *whole[1:]]
 
 
+@pytest.mark.slow
 def test_rotations_and_windows_of_padded_rows():
     """The shorter row's text grows past the window too."""
     model = gemma(
@@ -180,7 +195,7 @@ def test_the_same_seed_gives_the_same_text(decoding, variables):
 def test_stops_at_the_end_of_a_document(decoding, variables):
     whole = list(decoding.tokens(variables, [3], max_tokens=20, temperature=0.0))
     end = whole[7]
-    stopped = list(decoding.tokens(variables, [3], max_tokens=20, temperature=0.0, end_id=end))
+    stopped = list(decoding.tokens(variables, [3], max_tokens=20, temperature=0.0, end_ids=[end]))
     assert stopped == whole[: whole.index(end)]
 
 

@@ -1,5 +1,7 @@
 """A trained run, loaded: from its folder alone, and what is said where that cannot be."""
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 import lmjax
+from lmjax.data.subword import SubwordTokenizer
 from lmjax.engine.loop import train
 from lmjax.errors import UserError
 
@@ -30,15 +33,21 @@ def workdir(tmp_path_factory):
             "data.path": str(text),
             "save_every": 1,
             "optimizer.learning_rate.warmup_steps": 0,
+            "task.model.num_layers": 1,
         },
     )
+    config.evals = {}
     lmjax.train(config, str(folder / "run"), quiet=True, devices=jax.devices()[:1])
     text.unlink()
     return folder / "run"
 
 
-def test_a_run_loads_without_its_corpus_and_speaks(workdir):
-    lm = lmjax.load(workdir)
+@pytest.fixture(scope="module")
+def lm(workdir):
+    return lmjax.load(workdir)
+
+
+def test_a_run_loads_without_its_corpus_and_speaks(workdir, lm):
     assert lm.step == 2
     text = lm.generate("To be", max_tokens=30, seed=5)
     assert len(text) == 30 and text == lm.generate("To be", max_tokens=30, seed=5)
@@ -48,30 +57,27 @@ def test_a_run_loads_without_its_corpus_and_speaks(workdir):
         lm.generate("Z")
 
 
-def test_greedy_text_follows_the_logits(workdir):
-    lm = lmjax.load(workdir)
+def test_greedy_text_follows_the_logits(lm):
     prompt = "that is"
     token = int(np.argmax(lm.logits(prompt)[-1]))
     assert lm.generate(prompt, max_tokens=1, temperature=0.0) == lm.tokenizer.decode([token])
 
 
-def test_prompts_together_give_what_each_gives_alone(workdir):
-    lm = lmjax.load(workdir)
+def test_prompts_together_give_what_each_gives_alone(lm):
     prompts, seeds = ["To be", "that is the question", "n"], [3, 4, 3]
     how = {"max_tokens": 25, "temperature": 1.0, "top_k": 0, "top_p": 0.95}
     alone = [lm.generate(p, seed=s, **how) for p, s in zip(prompts, seeds, strict=True)]
     assert lm.generate_batch(prompts, seed=seeds, **how) == alone
-    stop = [alone[0][10:12], alone[1][17:19]]
+    stop = [alone[0][-15:-13], alone[1][-8:-6]]
     cut = [text[: min(text.find(one) % 99 for one in stop)] for text in alone]
-    assert len(cut[0]) <= 10 and len(cut[1]) <= 17
+    assert all(len(cut[i]) < len(alone[i]) for i in (0, 1)) and all(stop)
     assert lm.generate_batch(prompts, seed=seeds, stop=stop, **how) == cut
     assert "".join(lm.stream(prompts[0], seed=3, stop=stop, **how)) == cut[0]
     with pytest.raises(UserError, match="2 seeds for 3 prompts"):
         lm.generate_batch(prompts, seed=[1, 2])
 
 
-def test_search_finds_texts_with_their_scores(workdir):
-    lm = lmjax.load(workdir)
+def test_search_finds_texts_with_their_scores(lm):
     found = lm.search("To be", num_beams=3, max_tokens=6)
     assert len(found) == 3 and sorted(found, key=lambda one: -one[1]) == found
     text, score = found[0]
@@ -83,10 +89,66 @@ def test_search_finds_texts_with_their_scores(workdir):
     assert all(text[2] not in one for one, _ in stopped)
 
 
+def test_a_text_ends_at_any_of_the_published_ends(workdir, lm, tmp_path):
+    """As several ids in generation_config.json, which goes before config.json."""
+    how = {"max_tokens": 20, "temperature": 0.0}
+    text = lm.generate("To be", **how)
+    ends = lm.tokenizer.encode(text[5] + text[9]).tolist()
+    run = shutil.copytree(workdir, tmp_path / "run")
+    (run / "huggingface").mkdir()
+    (run / "huggingface" / "config.json").write_text(json.dumps({"eos_token_id": ends[1]}))
+    one = lmjax.load(run)
+    assert one.end_ids == {lm.tokenizer.end_id, ends[1]}
+    (run / "huggingface" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    several = lmjax.load(run)
+    assert several.end_ids == {lm.tokenizer.end_id, *ends}
+    several = dataclasses.replace(several, decoding=lm.decoding)  # compiled already
+    cut = min(text.index(one) for one in (text[5], text[9]))
+    assert several.generate("To be", **how) == text[:cut]
+    (run / "huggingface" / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"generation_config.json cannot be read"):
+        lmjax.load(run)
+
+
+def test_a_conversation_is_read_by_its_template(lm):
+    """And a text with what the tokenizer puts before it."""
+    if not os.environ.get("CI"):
+        pytest.importorskip("jinja2")
+    talker = dataclasses.replace(lm, tokenizer=chat_tokenizer())
+    ids = talker.encode([{"role": "user", "content": "hi"}])
+    control = talker.tokenizer.special_id
+    assert ids.tolist() == [control("bos_token"), *b"hi", control("eos_token")]
+    assert talker.encode("hi").tolist() == [control("bos_token"), *b"hi"]
+    with pytest.raises(UserError, match="bytes or characters, has no chat template"):
+        lm.generate([{"role": "user", "content": "hi"}])
+
+
+def chat_tokenizer():
+    """Bytes as ids, <s> before every text, and </s> before an answer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(words, [], byte_fallback=True))
+    made.add_special_tokens(["<s>", "</s>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    return SubwordTokenizer(
+        tokenizer_json=made.to_str(),
+        vocab_size=258,
+        end_id=257,
+        special_tokens=(("bos_token", "<s>"), ("eos_token", "</s>")),
+        chat_templates=(
+            (
+                "default",
+                "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+            ),
+        ),
+    )
+
+
 @pytest.mark.slow
-def test_the_command_continues_prompts(workdir):
+def test_the_command_continues_prompts(workdir, lm):
     """One prompt, several, and beams; what it prints is what the notebook gets."""
-    lm = lmjax.load(workdir)
 
     def run(*flags):
         command = [sys.executable, "-m", "lmjax.generate", f"--workdir={workdir}", *flags]
@@ -106,6 +168,10 @@ def test_the_command_continues_prompts(workdir):
     assert code == 2 and "top_p is 0.0: must be above 0" in error
     code, _, error = run("--prompt=To be", "--num_beams=2", "--top_p=0.5")
     assert code == 2 and "--num_beams" in error and "--top_p" in error
+    code, _, error = run("--prompt=To be", "--chat")
+    assert code == 2 and "has no chat template" in error
+    code, _, error = run("--prompt=To be", "--system=Be brief.")
+    assert code == 2 and "give --chat too" in error
 
 
 @pytest.mark.parametrize("step", [None, 2])

@@ -55,7 +55,7 @@ def check_beams(search, variables, prompt, case, texts, scores):
         num_beams=num_beams,
         max_tokens=max_tokens,
         length_penalty=length_penalty,
-        end_id=end_id,
+        end_ids=[end_id],
     )
     assert [list(one.tokens) for one in found] == [[t for t in row if t >= 0] for row in texts]
     np.testing.assert_allclose([one.score for one in found], scores, rtol=1e-4, atol=1e-4)

@@ -130,7 +130,7 @@ def test_texts_are_the_same_with_layers_apart(model):
 def test_layers_apart_are_no_copies():
     variables = jax.device_put(drawn(small("float32")))
     whole = variables["params"]["blocks"]["block"]["mlp"]["up"]["kernel"]
-    layers = apart(variables)["params"]["blocks"]["block"]["mlp"]["up"]["kernel"].layers
+    layers = apart(variables)["params"]["blocks"]["block"]["mlp"]["up"]["kernel"]
     first = whole.unsafe_buffer_pointer()
     assert [x.unsafe_buffer_pointer() - first for x in layers] == [0, whole[0].nbytes]
 

@@ -46,20 +46,22 @@ def plain(params, x, memory, segments, of_memory):
     return out
 
 
+@pytest.mark.slow
 def test_equals_a_plain_sum_and_its_own_cache():
     """Queries see what of the memory has their segment; a cache holds keys and values of it."""
     x, memory, segments, of_memory = inputs()
     layer = CrossAttention(**HEADS)
     variables = drawn(layer, x, memory_BMD=memory)
-    found, _ = layer.apply(
+    run = jax.jit(layer.apply)
+    found, _ = run(
         variables, x, memory_BMD=memory, segments_BT=segments, memory_segments_BM=of_memory
     )
     expected = plain(variables["params"], x, memory, segments, of_memory)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
     cache, at = layer.init_cache(3, B, M), {"memory_segments_BM": of_memory, "layer": 1}
-    first, cache = layer.apply(variables, x[:, :3], memory_BMD=memory, cache=cache, **at)
-    then, _ = layer.apply(variables, x[:, 3:], cache=cache, **at)
+    first, cache = run(variables, x[:, :3], memory_BMD=memory, cache=cache, **at)
+    then, _ = run(variables, x[:, 3:], cache=cache, **at)
     ones = np.ones((B, T), int)
     expected = plain(variables["params"], x, memory, ones, of_memory)
     together = np.concatenate([first, then], axis=1)
@@ -67,6 +69,7 @@ def test_equals_a_plain_sum_and_its_own_cache():
     assert not np.any(cache["cross_key"][0]) and np.any(cache["cross_key"][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_a_decoders_block_is_three_branches(norm_first):
     """Each norm before its branch, or behind the sum; in a stack of one layer."""
@@ -83,16 +86,17 @@ def test_a_decoders_block_is_three_branches(norm_first):
     given = {"memory_BMD": memory, "segments_BT": segments, "memory_segments_BM": of_memory}
     stack = Stack(block=block, num_layers=1)
     variables = drawn(stack, x, **given)
-    found, _, _ = stack.apply(variables, x, **given)
+    found, _, _ = jax.jit(stack.apply)(variables, x, **given)
     params = jax.tree.map(lambda leaf: leaf[0], variables["params"]["block"])
     branches = {
-        "attention": lambda h: block.attention.apply(
+        "attention": lambda h: jax.jit(block.attention.apply)(
             {"params": params["attention"]}, h, segments_BT=segments
         )[0],
         "cross": lambda h: plain(params["cross_attention"], h, memory, segments, of_memory),
-        "mlp": lambda h: block.mlp.apply({"params": params["mlp"]}, h)[0],
+        "mlp": lambda h: jax.jit(block.mlp.apply)({"params": params["mlp"]}, h)[0],
     }
+    normed = jax.jit(LayerNorm().apply)
     for name, branch in branches.items():
-        norm = lambda h, name=name: LayerNorm().apply({"params": params[f"{name}_norm"]}, h)  # noqa: E731
-        x = x + branch(norm(x)) if norm_first else norm(x + branch(x))
+        norm = {"params": params[f"{name}_norm"]}
+        x = x + branch(normed(norm, x)) if norm_first else normed(norm, x + branch(x))
     np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)

@@ -54,12 +54,13 @@ def masks():
     return found
 
 
-def model_of(kind, *, seed=0):
-    """(transformers' model with these weights, its config)."""
+def model_of(kind, *, seed=0, **changes):
+    """The model of transformers with weights of its own; both sides share the token embedding."""
     import torch
     import transformers
 
-    config = transformers.T5Config(**CONFIG, **KINDS[kind], attn_implementation="eager")
+    settings = {**CONFIG, **KINDS[kind], **changes}
+    config = transformers.T5Config(**settings, attn_implementation="eager")
     config.tie_word_embeddings = KINDS[kind]["tie_word_embeddings"]
     model = transformers.T5ForConditionalGeneration(config).eval()
     with torch.no_grad():

@@ -129,6 +129,18 @@ def test_eight_devices_equal_one(devices, layout, chunk):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("change", [{"remat": "attention"}, {"remat": "full", "unroll": 3}])
+def test_remat_and_unroll_change_no_number(change):
+    arrays = stored()
+    variables, batch = variables_of(weights_of(arrays)), bert_reference.rows()
+    loss = measured(bert(**SIZES, **change), batch)
+    (found, _), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
+    np.testing.assert_allclose(found, arrays["loss"], rtol=1e-5)
+    names = {k.removeprefix("gradient:"): x for k, x in arrays.items() if ":" in k}
+    same_gradients(gradients["params"], from_torch_names(names, num_heads=4), atol=1e-4)
+
+
+@pytest.mark.slow
 def test_dropout_acts_in_training_only_and_bfloat16_is_near():
     arrays = stored()
     variables, batch = variables_of(weights_of(arrays)), bert_reference.rows()

@@ -100,6 +100,7 @@ def test_equals_live_transformers(kind):
     agrees(kind, t5_reference.measure(kind, seed=1), seed=1)
 
 
+@pytest.mark.slow
 def test_cached_decode_is_full_forward_and_knows_its_source():
     """Targets of every length, in rows of unequal sources; then one token at a time."""
     arrays, model = stored(), t5(**SIZES)
@@ -220,13 +221,13 @@ def test_a_pipeline_is_refused(devices):
     ("preset", "size", "expected"),
     [
         (t5_v1_1, "small", 76_961_152),
-        (t5_v1_1, "base", 247_577_856),
-        (t5_v1_1, "large", 783_150_080),
-        (t5_v1_1, "xl", 2_849_757_184),
+        pytest.param(t5_v1_1, "base", 247_577_856, marks=pytest.mark.slow),
+        pytest.param(t5_v1_1, "large", 783_150_080, marks=pytest.mark.slow),
+        pytest.param(t5_v1_1, "xl", 2_849_757_184, marks=pytest.mark.slow),
         (t5_v1_1, "xxl", 11_135_332_352),
         (t5_v1_0, "small", 60_506_624),
-        (t5_v1_0, "base", 222_903_552),
-        (t5_v1_0, "large", 737_668_096),
+        pytest.param(t5_v1_0, "base", 222_903_552, marks=pytest.mark.slow),
+        pytest.param(t5_v1_0, "large", 737_668_096, marks=pytest.mark.slow),
         (t5_v1_0, "11b", 11_307_321_344),
     ],
 )

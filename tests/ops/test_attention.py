@@ -132,10 +132,16 @@ def test_value_and_gradients(case: str, G: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "G"), [("segments", 2), ("sees_nothing", 4), ("cross", 2), ("decode_rows", 2)]
+    ("case", "G"),
+    [
+        ("segments", 2),
+        pytest.param("decode_rows", 2, marks=pytest.mark.slow),
+        pytest.param("sees_nothing", 4, marks=pytest.mark.slow),
+        pytest.param("cross", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_bias_is_added_to_the_scores(case: str, G: int) -> None:
-    """Value and gradients, the bias's too; a decoding step takes the path without our own gradient."""
+    """Value and gradients, the bias's too, on both paths: a decoding step has jax's gradient."""
     T, S, mask = CASES[case]
     q, k, v, g = _draw(T, S, G)
     bias = jnp.asarray(np.random.default_rng(1).standard_normal((H, T, S)), jnp.float32)
