@@ -10,12 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from lmjax.config import build_and_resolve, load_config
+from lmjax.config import build_and_resolve, load_config, to_dict
+from lmjax.convert.imports import import_folder
 from lmjax.engine.curves import read_metrics
 from lmjax.engine.loop import train
 from lmjax.engine.program import Program
 from lmjax.engine.run import Run, compile_run
 from lmjax.sharding import Layout
+from tests.convert import folders
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -34,12 +36,23 @@ def by_default(*names):
 TOLERANCE = 1e-5
 
 
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory):
+    """A workdir of small random weights, for configs that go on from some."""
+    base = tmp_path_factory.mktemp("imported")
+    source = folders.write(base / "in", folders.LLAMA, folders.drawn(folders.LLAMA))
+    import_folder(source, base / "run")
+    return str(base / "run")
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
-def smoke(request):
+def smoke(request, imported):
     """(name, run, resolved tree) of a config's smoke variant, products in float32."""
     path = ROOT / "configs" / f"{request.param}.py"
-    config = load_config(f"{path}:smoke", {"task.model.dtype": "float32"})
-    run, tree = build_and_resolve(config)
+    changes = {"task.model.dtype": "float32"}
+    if load_config(str(path)).init_from:
+        changes["init_from"] = imported
+    run, tree = build_and_resolve(load_config(f"{path}:smoke", changes))
     return request.param, dataclasses.replace(run, log_every=1), tree
 
 
@@ -70,7 +83,7 @@ def losses_of(program: Program, run: Run, *, num_steps: int = 4) -> list[float]:
 def test_golden(smoke):
     """A config means what it meant: its recorded calls equal the stored ones."""
     name, _, _ = smoke
-    tree = build_and_resolve(load_config(str(ROOT / "configs" / f"{name}.py")))[1]
+    tree = to_dict(load_config(str(ROOT / "configs" / f"{name}.py")))
     text = json.dumps(tree, indent=1) + "\n"
     golden = GOLDEN / f"{name}.json"
     assert golden.exists() and golden.read_text() == text, (

@@ -126,6 +126,8 @@ def attention(
         shape = (q.shape[0], H, q.shape[1], k.shape[1])
         keep_BHTS, keep_scale = dropout_mask(dropout_rng, shape, dropout_rate)
     on_cpu = sharding.platform() == "cpu" and q.shape[1] > 1 and softcap is None
+    if sharding.platform() == "cpu" and q.shape[1] == 1:
+        operand = jnp.dtype("float32")  # of few rows a product in bf16 is far slower (ops.matmul)
     triangular = causal and aligned and q.shape[1] == k.shape[1]
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array) -> jax.Array:

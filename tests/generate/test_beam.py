@@ -113,6 +113,7 @@ def test_a_narrow_search_is_the_plain_one(
     check(found, plain_search(next_log_probs, prompt, **how))
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy(search, variables):
     greedy = search.decoding.tokens(variables, [3], max_tokens=10, temperature=0.0)
     (found,) = search.search(variables, [3], num_beams=1, max_tokens=10)

@@ -34,10 +34,8 @@ def drawn(model):
     return jax.tree.map(lambda x: jnp.float32(0.2 * random.normal(size=x.shape)), shapes)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != "gemma2")) for name in FAMILIES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_of_every_length(family):
     """Beside another that is longer or shorter; in windowed families from within it to past it."""
     assert family not in WINDOWED or FAMILIES[family]().stacks[0].block.attention.window == WINDOW
