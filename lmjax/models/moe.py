@@ -1,8 +1,9 @@
-"""Mixtures of experts: Mixtral, those of Qwen 3 and a model of DeepSeek-V3's shape.
+"""Mixtures of experts: Mixtral, those of Qwen 1.5, 2 and 3, a model of DeepSeek-V3's shape.
 
 Sources: Jiang et al., "Mixtral of Experts", arXiv:2401.04088, table 1; DeepSeek-AI, "DeepSeek-V3
-Technical Report", arXiv:2412.19437, section 4.2; Qwen Team, "Qwen3 Technical Report",
-arXiv:2505.09388, table 2.
+Technical Report", arXiv:2412.19437, section 4.2; Qwen Team, "Qwen2 Technical Report",
+arXiv:2407.10671, table 1, and the published configuration of Qwen1.5-MoE-A2.7B; "Qwen3 Technical
+Report", arXiv:2505.09388, table 2.
 
 Departures:
   - DeepSeek-V3 attends through a latent vector (MLA), with 187 M parameters a layer; `671b` has
@@ -10,15 +11,18 @@ Departures:
   - DeepSeek-V3 balances its experts by a bias on their scores and restricts a token to 4 nodes;
     here the auxiliary losses alone balance, and a token may go anywhere. There is no multi-token
     prediction.
-  - Initialisation is Llama's (`lmjax.models.llama`), the router and the experts' gate and up with
-    std 0.02, their down with 0.02 / sqrt(2 num_layers).
+  - Initialisation is Llama's (`lmjax.models.llama`), the router, the gate of the shared experts and
+    the experts' gate and up with std 0.02, their down with 0.02 / sqrt(2 num_layers).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+
+from flax import linen as nn
 
 from lmjax.errors import UserError, did_you_mean
 from lmjax.layers.attention import residual_std
@@ -41,9 +45,13 @@ def moe(
     experts_per_token: int,
     expert_hidden: int,
     num_shared_experts: int = 0,
+    shared_hidden: int | None = None,
+    gated_shared: bool = False,
     num_dense_layers: int = 0,
+    mixture_layers: tuple[bool, ...] | None = None,
     dense_hidden: int | None = None,
     scores: Scores = "softmax",
+    normalise: bool = True,
     scale: float = 1.0,
     routing: Routing = "dropless",
     capacity_factor: float = 1.25,
@@ -52,13 +60,14 @@ def moe(
     rope_theta: float = 10_000.0,
     rope_scaling: Scaling | None = None,
     epsilon: float = 1e-5,
+    qkv_bias: bool = False,
     qk_norm: bool = False,
     vocab_multiple: int = 1,
     dtype: Dtype = "float32",
     remat: Remat = "none",
     unroll: int = 1,
 ) -> DecoderLM:
-    """A Llama whose MLPs, but for those of the first layers, are mixtures of experts.
+    """A Llama whose MLPs, but for those of some layers, are mixtures of experts.
 
     Its losses `load_balance_loss` and `router_z_loss` are descended where `CausalLM.aux_losses`
     gives them a weight.
@@ -66,9 +75,13 @@ def moe(
     Args:
       expert_hidden: hidden units of one expert.
       num_shared_experts: so many experts' width that every token goes through.
+      shared_hidden: that width in hidden units, in the place of `num_shared_experts`.
       num_dense_layers: layers at the start whose MLP is dense.
-      dense_hidden: hidden units of those MLPs.
-      scores, scale, routing, capacity_factor: see `Moe`.
+      mixture_layers: for each layer whether its MLP is a mixture, in the place of
+        `num_dense_layers`. Each run of like layers is a stack, compiled for itself.
+      dense_hidden: hidden units of the dense MLPs.
+      gated_shared, scores, normalise, scale, routing, capacity_factor: see `Moe`.
+      qkv_bias: queries, keys and values have biases, as in Qwen 1.5 and 2.
       qk_norm: each head's queries and keys are normalised, as in Qwen 3.
 
     For the others see `llama`.
@@ -89,11 +102,25 @@ def moe(
             f"num_shared_experts is {num_shared_experts} and num_dense_layers {num_dense_layers}: "
             f"give at least 0 of each, and fewer dense layers than num_layers, {num_layers}."
         )
-    if num_dense_layers and dense_hidden is None:
+    mixtures = (False,) * num_dense_layers + (True,) * (num_layers - num_dense_layers)
+    if mixture_layers is not None:
+        _check_layers(mixture_layers, num_layers, num_dense_layers)
+        mixtures = mixture_layers
+    if dense_hidden is None and not all(mixtures):
         raise UserError("dense_hidden is None: the dense layers need at least 1.")
     if dense_hidden is not None:
         check_sizes(dense_hidden=dense_hidden)
-    check_sizes(shared_hidden=max(1, num_shared_experts * expert_hidden))
+    if shared_hidden is not None and num_shared_experts:
+        raise UserError(
+            f"num_shared_experts is {num_shared_experts} and shared_hidden {shared_hidden}: "
+            "both say how wide the shared experts are, so give one of them."
+        )
+    shared = num_shared_experts * expert_hidden if shared_hidden is None else shared_hidden
+    check_sizes(shared_hidden=1 if shared == 0 else shared)
+    if gated_shared and not shared:
+        raise UserError("gated_shared is True and there are no shared experts: set shared_hidden.")
+    if scores == "sigmoid" and not normalise:
+        raise UserError("normalise is False, which is for softmax scores, and scores is 'sigmoid'.")
     if not (0 < capacity_factor < math.inf and 0 < scale < math.inf):
         raise UserError(
             f"capacity_factor is {capacity_factor} and scale {scale}: "
@@ -105,8 +132,10 @@ def moe(
         hidden=expert_hidden,
         num_experts=num_experts,
         experts_per_token=experts_per_token,
-        num_shared=num_shared_experts,
+        shared_hidden=shared,
+        gated_shared=gated_shared,
         scores=scores,
+        normalise=normalise,
         scale=scale,
         routing=routing,
         capacity_factor=capacity_factor,
@@ -114,10 +143,10 @@ def moe(
         out_std=out_std,
         dtype=dtype,
     )
-    layers: list[tuple[int, Any]] = [(num_layers - num_dense_layers, mixture)]
-    if num_dense_layers and dense_hidden is not None:
-        dense = SwiGlu(dim, dense_hidden, init_std=INIT_STD, out_std=out_std, dtype=dtype)
-        layers.insert(0, (num_dense_layers, dense))
+    dense = SwiGlu(dim, dense_hidden or 1, init_std=INIT_STD, out_std=out_std, dtype=dtype)
+    layers: list[tuple[int, nn.Module]] = [
+        (len(list(run)), mixture if is_mixture else dense) for is_mixture, run in groupby(mixtures)
+    ]
     return rotary_decoder(
         layers,
         dim=dim,
@@ -133,8 +162,24 @@ def moe(
         dtype=dtype,
         remat=remat,
         unroll=unroll,
-        departures=Departures(qk_norm=qk_norm),
+        departures=Departures(qkv_bias=qkv_bias, qk_norm=qk_norm),
     )
+
+
+def _check_layers(mixture_layers: Sequence[bool], num_layers: int, num_dense_layers: int) -> None:
+    """Raises UserError for a choice of layers that cannot be meant."""
+    if len(mixture_layers) != num_layers:
+        raise UserError(
+            f"mixture_layers speaks of {len(mixture_layers)} layers, and num_layers is "
+            f"{num_layers}: give one truth value for each layer."
+        )
+    if num_dense_layers:
+        raise UserError(
+            f"num_dense_layers is {num_dense_layers} and mixture_layers is given: both say which "
+            "layers are dense, so give one of them."
+        )
+    if not any(mixture_layers):
+        raise UserError("mixture_layers has no True: a model without mixtures is a `llama`.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +195,16 @@ class Size:
     experts_per_token: int
     expert_hidden: int
     num_shared_experts: int = 0
+    shared_hidden: int | None = None
+    gated_shared: bool = False
     num_dense_layers: int = 0
     dense_hidden: int | None = None
     scores: Scores = "softmax"
+    normalise: bool = True
     scale: float = 1.0
     rope_theta: float = 10_000.0
     epsilon: float = 1e-5
+    qkv_bias: bool = False
     qk_norm: bool = False
 
 
@@ -181,6 +230,38 @@ SIZES = {
         experts_per_token=2,
         expert_hidden=14336,
         rope_theta=1e6,
+    ),
+    "a2.7b": Size(
+        num_layers=24,
+        dim=2048,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=128,
+        num_experts=60,
+        experts_per_token=4,
+        expert_hidden=1408,
+        shared_hidden=5632,
+        gated_shared=True,
+        normalise=False,
+        rope_theta=1e6,
+        epsilon=1e-6,
+        qkv_bias=True,
+    ),
+    "57b-a14b": Size(
+        num_layers=28,
+        dim=3584,
+        num_heads=28,
+        num_kv_heads=4,
+        head_dim=128,
+        num_experts=64,
+        experts_per_token=8,
+        expert_hidden=2560,
+        shared_hidden=20480,
+        gated_shared=True,
+        normalise=False,
+        rope_theta=1e6,
+        epsilon=1e-6,
+        qkv_bias=True,
     ),
     "30b-a3b": Size(
         num_layers=48,
@@ -238,6 +319,7 @@ def moe_preset(
     experts_per_token: int | None = None,
     expert_hidden: int | None = None,
     num_shared_experts: int | None = None,
+    shared_hidden: int | None = None,
     num_dense_layers: int | None = None,
     dense_hidden: int | None = None,
     scores: Scores | None = None,
@@ -251,11 +333,12 @@ def moe_preset(
     remat: Remat = "none",
     unroll: int = 1,
 ) -> DecoderLM:
-    """Mixtral 8x7B (46,702,792,704 parameters), Qwen 3's mixtures, and DeepSeek-V3's shape.
+    """Mixtral 8x7B (46,702,792,704 parameters), Qwen's mixtures, and DeepSeek-V3's shape.
 
-    Qwen 3 30B-A3B has 30,532,122,624 and 235B-A22B 235,093,634,560 with those models' vocabulary of
-    151,936 tokens, 671b 671,254,148,096 with DeepSeek-V3's of 129,280. Numbers that are given stand
-    in the place of the preset's.
+    Qwen1.5-MoE-A2.7B ('a2.7b') has 14,315,784,192, Qwen2-57B-A14B 57,408,658,944, Qwen 3 30B-A3B
+    30,532,122,624 and 235B-A22B 235,093,634,560 with those models' vocabulary of 151,936 tokens,
+    671b 671,254,148,096 with DeepSeek-V3's of 129,280. Numbers that are given stand in the place of
+    the preset's.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     if given.pop("size") not in SIZES:
@@ -263,4 +346,8 @@ def moe_preset(
     preset = vars(SIZES[size]) | given
     if dim is not None or num_heads is not None:
         preset["head_dim"] = None
+    if num_shared_experts is not None and shared_hidden is None:
+        preset["shared_hidden"] = None
+    if shared_hidden is not None and num_shared_experts is None:
+        preset["num_shared_experts"] = 0
     return moe(**preset)

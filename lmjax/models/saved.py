@@ -42,6 +42,7 @@ def saved(
     dtype: Literal["", "float32", "bfloat16"] = "",
     remat: str = "",
     unroll: int = 0,
+    vocab_multiple: int = 0,
 ) -> ConfigDict:
     """Stands for the model of a run, or of imported weights, in a config that goes on from it.
 
@@ -53,13 +54,21 @@ def saved(
       dtype: of the products' operands; "" for the model's own.
       remat: see `layers.transformer.Stack`; "" for the model's own.
       unroll: likewise; 0 for the model's own.
+      vocab_multiple: the tables of the vocabulary are padded to a multiple of it, so that devices
+        can share them; 0 for the model's own.
 
     Raises UserError as `recorded_model`, and where the model has no such field.
     """
     if not workdir:
         raise UserError("no workdir is named: give the folder of a run, or of imported weights.")
     model = recorded_model(workdir)
-    changes = {"max_length": max_length, "dtype": dtype, "remat": remat, "unroll": unroll}
+    changes = {
+        "max_length": max_length,
+        "dtype": dtype,
+        "remat": remat,
+        "unroll": unroll,
+        "vocab_multiple": vocab_multiple,
+    }
     for name, value in changes.items():
         if value:
             override(model, name, value)

@@ -21,17 +21,22 @@ def router_logits(x_BTD: jax.Array, kernel_DE: jax.Array) -> jax.Array:
     )
 
 
-def softmax_top_k(logits_BTE: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def softmax_top_k(
+    logits_BTE: jax.Array, k: int, *, normalise: bool = True
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The k likeliest experts, weighted by their probabilities among each other.
 
     Source: Mixtral, arXiv:2401.04088, section 2.1: a softmax over the chosen logits, which is
     the softmax over all, renormalised. Returns (experts_BTk int32, best first; weights_BTk, which
-    sum to 1; probabilities_BTE).
+    sum to 1; probabilities_BTE). Without `normalise` weights are the probabilities among all
+    experts, as in DeepSeekMoE, arXiv:2401.06066, equations 4 and 5.
     """
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     _, experts_BTk = lax.top_k(logits_BTE, k)
     weights_BTk = jnp.take_along_axis(probs_BTE, experts_BTk, axis=-1)
-    return experts_BTk, weights_BTk / jnp.sum(weights_BTk, axis=-1, keepdims=True), probs_BTE
+    if normalise:
+        weights_BTk /= jnp.sum(weights_BTk, axis=-1, keepdims=True)
+    return experts_BTk, weights_BTk, probs_BTE
 
 
 def sigmoid_top_k(

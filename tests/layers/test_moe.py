@@ -35,7 +35,7 @@ def variables():
     """Weights large enough that routing is uneven and every product matters."""
     random = np.random.default_rng(2)
     shapes = jax.eval_shape(
-        lambda: unbox(Moe(**MOE, num_shared=1).init(jax.random.key(0), jnp.zeros((1, 2, D))))
+        lambda: unbox(Moe(**MOE, shared_hidden=F).init(jax.random.key(0), jnp.zeros((1, 2, D))))
     )
     return jax.tree.map(lambda w: (0.4 * random.normal(size=w.shape)).astype("f4"), shapes)
 
@@ -96,7 +96,7 @@ def on_mesh(layout, devices, function, params, x_BTD):
     """`function` compiled for a layout, parameters and rows sharded as in training."""
     mesh = layout.mesh(devices)
     boxed = jax.eval_shape(
-        lambda: Moe(**MOE, num_shared=1).init(jax.random.key(0), jnp.zeros((1, 2, D)))
+        lambda: Moe(**MOE, shared_hidden=F).init(jax.random.key(0), jnp.zeros((1, 2, D)))
     )
     params = jax.device_put(params, sharding.shardings_of(boxed, mesh)["params"])
     x_BTD = jax.device_put(x_BTD, sharding.batch_sharding(mesh))
@@ -120,7 +120,7 @@ def output_of(moe):
 def test_dropless_is_a_loop_over_experts(variables, x_BTD, settings):
     params = variables["params"]
     expected = value_and_grad(functools.partial(loop, **settings), params, x_BTD)
-    moe = Moe(**MOE, num_shared=1, **settings)
+    moe = Moe(**MOE, shared_hidden=F, **settings)
     close(value_and_grad(output_of(moe), params, x_BTD), expected)
 
 
@@ -128,7 +128,7 @@ def test_dropless_is_a_loop_over_experts(variables, x_BTD, settings):
 @pytest.mark.parametrize("layout", MESHES)
 def test_every_mesh_is_a_loop_over_experts(variables, x_BTD, expected, devices, layout, routing):
     """The capacity is large enough for all copies."""
-    moe = Moe(**MOE, num_shared=1, routing=routing, capacity_factor=E / K)
+    moe = Moe(**MOE, shared_hidden=F, routing=routing, capacity_factor=E / K)
     run = functools.partial(value_and_grad, output_of(moe))
     found = on_mesh(layout, devices, run, variables["params"], x_BTD)
     close(jax.tree.map(np.asarray, found), expected)
@@ -155,7 +155,7 @@ def test_ragged_exchange_is_a_loop_over_experts(variables, x_BTD, expected, devi
     monkeypatch.setattr(
         experts_ops, "_exchange_of", lambda counts, room, **_: dense(counts, room, dense=False)
     )
-    run = functools.partial(value_and_grad, output_of(Moe(**MOE, num_shared=1)))
+    run = functools.partial(value_and_grad, output_of(Moe(**MOE, shared_hidden=F)))
     found = on_mesh(Layout(expert=4, data=2), devices, run, variables["params"], x_BTD)
     close(jax.tree.map(np.asarray, found), expected)
 
@@ -164,7 +164,7 @@ def test_all_tokens_may_go_to_one_device(variables, x_BTD, devices):
     """The worst case that dropless has to have room for: experts 2 and 3 are one device's."""
     params = {**variables["params"], "router_kernel": jnp.zeros((D, E)).at[0].set([0, 1, 3, 2.0])}
     x_BTD = np.abs(x_BTD)
-    run = functools.partial(value_and_grad, output_of(Moe(**MOE, num_shared=1)))
+    run = functools.partial(value_and_grad, output_of(Moe(**MOE, shared_hidden=F)))
     found = on_mesh(Layout(expert=2, data=4), devices, run, params, x_BTD)
     close(jax.tree.map(np.asarray, found), value_and_grad(loop, params, x_BTD))
 
@@ -174,7 +174,7 @@ def test_mapped_over_stages(variables, x_BTD, devices, routing):
     """As a pipeline does: each stage has parameters and tokens of its own."""
     params = jax.tree.map(lambda w: jnp.stack([w, w[..., ::-1]]), variables["params"])
     x_SBTD = jnp.stack([x_BTD, 2 * x_BTD])
-    moe = Moe(**MOE, num_shared=1, routing=routing, capacity_factor=E / K)
+    moe = Moe(**MOE, shared_hidden=F, routing=routing, capacity_factor=E / K)
     mesh = Layout(stage=2, expert=2, fsdp=2, data=1).mesh(devices)
 
     def run(params, x_SBTD):
@@ -209,7 +209,7 @@ def test_a_capacity_drops_what_comes_too_late():
 @pytest.mark.parametrize("routing", ["dropless", "capacity"])
 def test_bfloat16_products_stay_near_float32(variables, x_BTD, expected, routing):
     """Operands have 8 bits of mantissa, and the routing is float32's."""
-    moe = Moe(**MOE, num_shared=1, routing=routing, capacity_factor=E / K, dtype="bfloat16")
+    moe = Moe(**MOE, shared_hidden=F, routing=routing, capacity_factor=E / K, dtype="bfloat16")
     found = value_and_grad(output_of(moe), variables["params"], x_BTD)
     assert float(np.abs(found[0] - expected[0]).max()) > 0
     close(found, expected, tolerance=4 * 2**-8)
@@ -219,7 +219,7 @@ def test_bfloat16_products_stay_near_float32(variables, x_BTD, expected, routing
 
 @pytest.mark.parametrize("layout", [LAYOUTS["expert-context"]], ids=["expert-context"])
 def test_what_it_reports_is_the_same_on_every_mesh(variables, x_BTD, devices, layout):
-    moe = Moe(**MOE, num_shared=1)
+    moe = Moe(**MOE, shared_hidden=F)
 
     def aux(params, x):
         return moe.apply({"params": params}, x)[1]
