@@ -203,7 +203,7 @@ def attention_parts(settings: Settings, layer: int) -> list[Part]:
                 where=((0, dim), (0, G), (start, start + count), (0, K)),
             )
         )
-        if kind == "qwen2":
+        if kind == "qwen2" or (kind == "qwen2_moe" and settings.boolean("qkv_bias", True)):
             found.append(
                 part(
                     f"{prefix}.{name}.bias",

@@ -20,7 +20,7 @@ from lmjax.convert.family import Family
 from lmjax.convert.gemma import GEMMA2, GEMMA3
 from lmjax.convert.gpt2 import GPT2
 from lmjax.convert.llama import LLAMA, MISTRAL, QWEN2, QWEN3
-from lmjax.convert.mixtures import MIXTRAL, QWEN3_MOE
+from lmjax.convert.mixtures import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from lmjax.convert.parts import Part, Tensor
 from lmjax.convert.settings import Settings
 from lmjax.convert.t5 import T5
@@ -39,6 +39,7 @@ FAMILIES = {
         MIXTRAL,
         QWEN2,
         QWEN3,
+        QWEN2_MOE,
         QWEN3_MOE,
         GEMMA2,
         GEMMA3,

@@ -95,7 +95,7 @@ def _settings() -> dict[str, Any]:
 def _speak(lm: LanguageModel) -> None:
     """Prints what is asked for."""
     prompts = [_conversation(prompt) if CHAT.value else prompt for prompt in PROMPT.value]
-    echoed = [""] * len(prompts) if lm.reads_source or CHAT.value else prompts
+    echoed = [""] * len(prompts) if lm.reads_source or CHAT.value else PROMPT.value
     how: dict[str, Any] = {"max_tokens": MAX_TOKENS.value, "stop": STOP.value}
     if NUM_BEAMS.value:
         for number, prompt in enumerate(prompts):

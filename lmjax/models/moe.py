@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from flax import linen as nn
@@ -127,7 +128,8 @@ def moe(
             "both must be positive and finite."
         )
     out_std = residual_std(INIT_STD, num_layers)
-    mixture = Moe(
+    mixture = partial(
+        Moe,
         dim=dim,
         hidden=expert_hidden,
         num_experts=num_experts,
@@ -143,10 +145,13 @@ def moe(
         out_std=out_std,
         dtype=dtype,
     )
-    dense = SwiGlu(dim, dense_hidden or 1, init_std=INIT_STD, out_std=out_std, dtype=dtype)
-    layers: list[tuple[int, nn.Module]] = [
-        (len(list(run)), mixture if is_mixture else dense) for is_mixture, run in groupby(mixtures)
-    ]
+    layers: list[tuple[int, nn.Module]] = []  # modules of their own: a shared one shares weights
+    for is_mixture, run in groupby(mixtures):
+        if is_mixture or dense_hidden is None:
+            layers.append((len(list(run)), mixture()))
+        else:
+            dense = SwiGlu(dim, dense_hidden, init_std=INIT_STD, out_std=out_std, dtype=dtype)
+            layers.append((len(list(run)), dense))
     return rotary_decoder(
         layers,
         dim=dim,

@@ -120,6 +120,17 @@ QWEN3_MOE = {
     "moe_intermediate_size": 48,
     "norm_topk_prob": True,
 }
+QWEN2_MOE = {
+    **_PLAIN,
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "norm_topk_prob": False,
+    "mlp_only_layers": [1],
+}
 CONFIGS = {
     "gpt2": GPT2,
     "llama": LLAMA,
@@ -128,6 +139,7 @@ CONFIGS = {
     "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
@@ -152,7 +164,6 @@ def shapes(config):
                 found |= {f"h.{i}.{name}.weight": (D,), f"h.{i}.{name}.bias": (D,)}
         return {f"transformer.{name}": shape for name, shape in found.items()}
     D, V, kind = config["hidden_size"], config["vocab_size"], config["model_type"]
-    F = config.get("moe_intermediate_size", config.get("intermediate_size"))
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     K = config.get("head_dim", D // heads)
     found = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
@@ -171,19 +182,29 @@ def shapes(config):
             layer |= {"self_attn.q_norm": (K,), "self_attn.k_norm": (K,)}
         if kind.startswith("gemma"):
             layer |= {"pre_feedforward_layernorm": (D,), "post_feedforward_layernorm": (D,)}
-        if "num_experts_per_tok" in config:
+        if has_experts(config, i):
             experts, module, products = mixture(config)
+            F = config.get("moe_intermediate_size", config.get("intermediate_size"))
             layer[f"{module}.gate"] = (experts, D)
             for e in range(experts):
                 for name, shape in zip(products, ((F, D), (F, D), (D, F)), strict=True):
                     layer[f"{module}.experts.{e}.{name}"] = shape
+            if kind == "qwen2_moe":
+                S, shared = config["shared_expert_intermediate_size"], f"{module}.shared_expert"
+                layer |= {f"{shared}.gate_proj": (S, D), f"{shared}.up_proj": (S, D)}
+                layer |= {f"{shared}.down_proj": (D, S), f"{shared}_gate": (1, D)}
         else:
+            F = config["intermediate_size"]
             layer |= {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
         found |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-        if kind == "qwen2":
+        if kind in ("qwen2", "qwen2_moe"):
             for name, size in (("q", heads * K), ("k", kv * K), ("v", kv * K)):
                 found[f"model.layers.{i}.self_attn.{name}_proj.bias"] = (size,)
     return found
+
+
+def has_experts(config, layer):
+    return "num_experts_per_tok" in config and layer not in config.get("mlp_only_layers", ())
 
 
 def mixture(config):
@@ -207,7 +228,9 @@ def ours(config, weights):
     if config["model_type"] == "gpt2":
         return gpt2_reference.from_torch_names(weights, num_heads=config["n_head"])
     weights = dict(weights)
-    for i in range(config["num_hidden_layers"] if "num_experts_per_tok" in config else 0):
+    for i in range(config["num_hidden_layers"]):
+        if not has_experts(config, i):
+            continue
         count, module, products = mixture(config)
         moe, mlp = f"model.layers.{i}.{module}", f"model.layers.{i}.mlp"
         gate, up, down = (

@@ -33,6 +33,7 @@ def read_shards(folder):
         ("mistral", np.float32),
         ("qwen2", np.float32),
         ("qwen3", np.float32),
+        ("qwen2_moe", np.float32),
         ("qwen3_moe", np.float32),
         ("gemma2", np.float32),
         ("gemma3", np.float32),

@@ -74,6 +74,7 @@ def check(found, expected):
     np.testing.assert_allclose([one.score for one in found], scores, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -0.7])
 def test_a_wide_search_finds_the_best_of_all_texts(
     search, variables, next_log_probs, length_penalty

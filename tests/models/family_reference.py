@@ -56,6 +56,16 @@ FAMILIES = {
             "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
         },
     ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "qwen3_moe": (
         "Qwen3Moe",
         {

@@ -1,5 +1,7 @@
 """Llama and its kin of Hugging Face transformers, at random weights, by our names."""
 
+from itertools import groupby
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,27 @@ from lmjax.tasks.causal_lm import CausalLM
 
 def from_torch_names(weights, *, num_heads, num_kv_heads):
     """Weights of transformers' Llama, Mistral, Mixtral, Qwen or Gemma, as {path: array} of ours."""
-    layers = 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("model.layers."))
+    count = 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("model.layers."))
+    dense = [f"model.layers.{i}.mlp.gate_proj.weight" in weights for i in range(count)]
+    runs = [[i for i, _ in run] for _, run in groupby(enumerate(dense), key=lambda x: x[1])]
+    found = {
+        "embed/table": weights["model.embed_tokens.weight"],
+        "norm/scale": weights["model.norm.weight"],
+    }
+    if "lm_head.weight" in weights:
+        found["unembed/table"] = weights["lm_head.weight"]
+    for i, run in enumerate(runs):
+        block = "blocks/block" if len(runs) == 1 else f"blocks/parts_{i}/block"
+        found |= stacked(weights, run, block, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    return found
+
+
+def stacked(weights, run, block, *, num_heads, num_kv_heads):
+    """Those of a run of like layers, as a stack at the path `block`."""
+    layers, first = len(run), f"model.layers.{run[0]}."
 
     def stack(name):
-        return np.stack([weights[f"model.layers.{i}.{name}"] for i in range(layers)])
+        return np.stack([weights[f"model.layers.{i}.{name}"] for i in run])
 
     def heads(name, count):
         """[L, heads * head_dim, D] -> [L, D, num_kv_heads, count, head_dim]"""
@@ -27,15 +46,11 @@ def from_torch_names(weights, *, num_heads, num_kv_heads):
     grouped = num_heads // num_kv_heads
     q, k, v = heads("q_proj", grouped), heads("k_proj", 1), heads("v_proj", 1)
     out = transposed("self_attn.o_proj.weight")
-    block = "blocks/block"
     found = {
-        "embed/table": weights["model.embed_tokens.weight"],
-        "norm/scale": weights["model.norm.weight"],
         f"{block}/attention_norm/scale": stack("input_layernorm.weight"),
         f"{block}/attention/qkv/kernel": np.concatenate([q, k, v], axis=3),
         f"{block}/attention/out/kernel": out.reshape(layers, num_heads, -1, out.shape[2]),
     }
-    first = "model.layers.0."
     if f"{first}pre_feedforward_layernorm.weight" in weights:  # Gemma
         norms = {
             "attention_post_norm": "post_attention",
@@ -56,9 +71,7 @@ def from_torch_names(weights, *, num_heads, num_kv_heads):
     if f"{first}self_attn.q_norm.weight" in weights:
         for name in ("q_norm", "k_norm"):
             found[f"{block}/attention/{name}/scale"] = stack(f"self_attn.{name}.weight")
-    if "lm_head.weight" in weights:
-        found["unembed/table"] = weights["lm_head.weight"]
-    if "model.layers.0.mlp.gate_proj.weight" in weights:
+    if f"{first}mlp.gate_proj.weight" in weights:
         for name in ("gate", "up", "down"):
             found[f"{block}/mlp/{name}/kernel"] = transposed(f"mlp.{name}_proj.weight")
     else:
@@ -67,6 +80,11 @@ def from_torch_names(weights, *, num_heads, num_kv_heads):
             found[f"{block}/mlp/{name}_kernel"] = part.swapaxes(2, 3)
         found[f"{block}/mlp/down_kernel"] = stack("mlp.experts.down_proj").swapaxes(2, 3)
         found[f"{block}/mlp/router_kernel"] = transposed("mlp.gate.weight")
+    if f"{first}mlp.shared_expert_gate.weight" in weights:
+        found[f"{block}/mlp/shared_gate"] = transposed("mlp.shared_expert_gate.weight")
+        for name in ("gate", "up", "down"):
+            theirs = f"mlp.shared_expert.{name}_proj.weight"
+            found[f"{block}/mlp/shared/{name}/kernel"] = transposed(theirs)
     return found
 
 

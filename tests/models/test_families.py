@@ -57,6 +57,17 @@ MODELS = {
         rope_theta=1e4,
         rope_scaling=LinearScaling(factor=2.0),
     ),
+    "qwen2_moe": functools.partial(
+        moe,
+        qkv_bias=True,
+        num_experts=5,
+        experts_per_token=2,
+        expert_hidden=12,
+        shared_hidden=20,
+        gated_shared=True,
+        normalise=False,
+        rope_theta=1e4,
+    ),
     "qwen3_moe": functools.partial(
         moe,
         qk_norm=True,
@@ -110,7 +121,7 @@ def variables_of(weights):
 
 def model_of(family, **changes):
     sizes = {**SIZES, **changes}
-    if family == "qwen3_moe":
+    if family.endswith("moe"):
         del sizes["hidden"]
     return MODELS[family](**sizes)
 
