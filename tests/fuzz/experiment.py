@@ -10,10 +10,13 @@ from lmjax.engine.run import Run
 from lmjax.evaluate.losses import Losses
 from lmjax.generate.samples import Samples
 from lmjax.layers.remat import Tensors
+from lmjax.models.gemma import gemma2, gemma3
 from lmjax.models.gpt import gpt, gpt2, gpt3
 from lmjax.models.llama import llama, llama2, llama3
+from lmjax.models.mistral import mistral, mistral_preset
 from lmjax.models.moe import moe, moe_preset
-from lmjax.ops.rope import RopeScaling
+from lmjax.models.qwen import qwen, qwen2, qwen3
+from lmjax.ops.rope import LinearScaling, RopeScaling, YarnScaling
 from lmjax.optim.presets import adafactor, adamw, lion, sgd
 from lmjax.optim.schedules import constant, cosine, inverse_sqrt, linear, wsd
 from lmjax.sharding import Layout
@@ -34,6 +37,24 @@ PARTS = {
     ),
     "llama2": lambda: call(llama2, **ROTARY, hidden=16),
     "llama3": lambda: call(llama3, **ROTARY, hidden=16),
+    "mistral": lambda: call(
+        mistral, **ROTARY, hidden=16, window=4, rope_scaling=call(LinearScaling, factor=2.0)
+    ),
+    "mistral_preset": lambda: call(mistral_preset, **ROTARY, hidden=16),
+    "qwen": lambda: call(
+        qwen,
+        **ROTARY,
+        hidden=16,
+        qkv_bias=True,
+        qk_norm=True,
+        window=4,
+        window_layers=(True,),
+        rope_scaling=call(YarnScaling, factor=2.0, original_length=8),
+    ),
+    "qwen2": lambda: call(qwen2, **ROTARY, hidden=16),
+    "qwen3": lambda: call(qwen3, **ROTARY, hidden=16),
+    "gemma2": lambda: call(gemma2, **ROTARY, hidden=16),
+    "gemma3": lambda: call(gemma3, **ROTARY, hidden=16),
     "moe": lambda: call(moe, **EXPERTS, num_shared_experts=1, dense_hidden=16),
     "moe_preset": lambda: call(moe_preset, **EXPERTS),
     "constant": lambda: call(constant, **PEAK),
@@ -45,7 +66,10 @@ PARTS = {
     "characters": lambda: call(Characters),
     "bpe": lambda: call(BPE, vocab_size=300),
 }
-MODELS = ("gpt", "gpt2", "gpt3", "llama", "llama2", "llama3", "moe", "moe_preset")
+MODELS = (
+    *("gpt", "gpt2", "gpt3", "llama", "llama2", "llama3", "mistral", "mistral_preset"),
+    *("qwen", "qwen2", "qwen3", "gemma2", "gemma3", "moe", "moe_preset"),
+)
 SCHEDULES = ("cosine", "constant", "linear", "wsd", "inverse_sqrt")
 VOCABULARIES = ("bytes", "characters", "bpe")
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "adafactor": adafactor, "lion": lion}
