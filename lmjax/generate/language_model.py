@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.annotations import shown
-from lmjax.config import build, from_dict
+from lmjax.config import build
 from lmjax.core import Decoder, EncoderDecoder, Variables
 from lmjax.data.subword import SubwordTokenizer
 from lmjax.data.tokenizer import TextTokenizer, tokenizer_from_json
@@ -32,6 +32,7 @@ from lmjax.generate.weights import (
     in_float32,
     product_dtype,
 )
+from lmjax.models.saved import recorded_model
 from lmjax.ops.losses import logits
 
 # A text, or a conversation: messages with "role" and "content", for the tokenizer's chat template.
@@ -261,22 +262,9 @@ def load(workdir: str | Path, *, step: int | None = None) -> LanguageModel:
     Raises UserError where the folder holds no run, or no checkpoint of a language model.
     """
     config = Path(workdir) / "config.json"
-    if not config.exists():
-        raise UserError(f"{workdir} holds no run: there is no {config}.")
+    recorded = recorded_model(workdir)
     try:
-        node = json.loads(config.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{config} cannot be read ({error}): it is damaged. The checkpoints hold copies of it."
-        ) from error
-    for name in ("task", "model"):
-        node = node.get(name) if isinstance(node, dict) else None
-    if not isinstance(node, dict):
-        raise UserError(
-            f"{config} has no task.model: it was not trained from a config of a language model."
-        )
-    try:
-        model = build(from_dict(node))
+        model = build(recorded)
     except UserError as error:
         raise UserError(f"task.model of {config} is damaged: {error}") from error
     if hasattr(model, "apply") and not hasattr(model, "init_cache"):

@@ -103,11 +103,11 @@ def moe(
             f"num_shared_experts is {num_shared_experts} and num_dense_layers {num_dense_layers}: "
             f"give at least 0 of each, and fewer dense layers than num_layers, {num_layers}."
         )
-    mixtures = (False,) * num_dense_layers + (True,) * (num_layers - num_dense_layers)
+    runs = [(False, num_dense_layers), (True, num_layers - num_dense_layers)]
     if mixture_layers is not None:
         _check_layers(mixture_layers, num_layers, num_dense_layers)
-        mixtures = mixture_layers
-    if dense_hidden is None and not all(mixtures):
+        runs = [(is_mixture, len(list(run))) for is_mixture, run in groupby(mixture_layers)]
+    if dense_hidden is None and any(count and not is_mixture for is_mixture, count in runs):
         raise UserError("dense_hidden is None: the dense layers need at least 1.")
     if dense_hidden is not None:
         check_sizes(dense_hidden=dense_hidden)
@@ -146,12 +146,12 @@ def moe(
         dtype=dtype,
     )
     layers: list[tuple[int, nn.Module]] = []  # modules of their own: a shared one shares weights
-    for is_mixture, run in groupby(mixtures):
-        if is_mixture or dense_hidden is None:
-            layers.append((len(list(run)), mixture()))
-        else:
+    for is_mixture, count in runs:
+        if is_mixture:
+            layers.append((count, mixture()))
+        elif count and dense_hidden is not None:
             dense = SwiGlu(dim, dense_hidden, init_std=INIT_STD, out_std=out_std, dtype=dtype)
-            layers.append((len(list(run)), dense))
+            layers.append((count, dense))
     return rotary_decoder(
         layers,
         dim=dim,

@@ -102,9 +102,12 @@ def test_settings_that_ours_cannot_compute(change, message):
             {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}},
             "rope_parameters: full_attention: rope_type is 'dynamic'",
         ),
-        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is false, and only true"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\], and only \[\] or null"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1, and should be true or false"),
+        ("qwen3_moe", {"mlp_only_layers": [3]}, r"mlp_only_layers is \[3\], .* each from 0 to 2"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0, and at least 1"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "intermediate_size is None"),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window is true"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": "8"}, "shared_expert_.* whole number"),
         ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window is true"),
         ("qwen3_moe", {"tie_word_embeddings": True}, "tie_word_embeddings is true"),
         ("mixtral", {"sliding_window": 8}, "sliding_window is 8, and only null"),
@@ -141,6 +144,24 @@ def test_what_absent_settings_mean():
     assert model.stacks[0].block.attention.window_rope.scaling.factor == 2.0
     family, fields = described(model)
     assert (family.model_type, fields["rope_parameters"]) == ("gemma3_text", newer)
+
+
+def test_which_layers_are_mixtures():
+    """Every second of those that are not named, counted from 1; published files say neither."""
+    config = {**folders.QWEN2_MOE, "num_hidden_layers": 6, "mlp_only_layers": [3]}
+    config |= {"decoder_sparse_step": 2}
+    settings = Settings("config.json", config)
+    model = build(FAMILIES["qwen2_moe"].recorded(settings, "float32"))
+    assert [type(stack.block.mlp).__name__ for stack in model.stacks] == [
+        "SwiGlu", "Moe", "SwiGlu", "Moe",
+    ]  # fmt: skip
+    assert [stack.num_layers for stack in model.stacks] == [1, 1, 3, 1]
+    family, fields = described(model)
+    assert (family.model_type, fields["mlp_only_layers"]) == ("qwen2_moe", [0, 2, 3, 4])
+    for name in ("mlp_only_layers", "decoder_sparse_step", "norm_topk_prob", "intermediate_size"):
+        del config[name]
+    found = FAMILIES["qwen2_moe"].recorded(Settings("config.json", config), "float32")
+    assert (found.mixture_layers, found.dense_hidden, found.normalise) == (None, None, False)
 
 
 def test_a_tied_output_layer_may_be_stored_twice(tmp_path):

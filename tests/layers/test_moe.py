@@ -45,13 +45,13 @@ def x_BTD():
     return np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
 
 
-def loop(params, x_BTD, *, scores="softmax", scale=1.0, kept=1.0):
+def loop(params, x_BTD, *, scores="softmax", scale=1.0, kept=1.0, normalise=True):
     """Every expert on every token, weighted by zero where it was not chosen or is not `kept`."""
     logits = x_BTD @ params["router_kernel"]
     mask = logits >= jnp.sort(logits, axis=-1)[..., -K, None]
     score = jax.nn.softmax(logits) if scores == "softmax" else jax.nn.sigmoid(logits)
     weights = jnp.where(mask, score, 0.0)
-    weights = kept * scale * weights / weights.sum(-1, keepdims=True)
+    weights = kept * scale * weights / (weights.sum(-1, keepdims=True) if normalise else 1)
 
     def swiglu(gate, up, down):
         return (jax.nn.silu(x_BTD @ gate) * (x_BTD @ up)) @ down
@@ -61,7 +61,9 @@ def loop(params, x_BTD, *, scores="softmax", scale=1.0, kept=1.0):
         kernels = (params[f"{name}_kernel"][e] for name in ("gate", "up", "down"))
         y += weights[..., e, None] * swiglu(*kernels)
     if "shared" in params:
-        y += swiglu(*(params["shared"][name]["kernel"] for name in ("gate", "up", "down")))
+        shared = swiglu(*(params["shared"][name]["kernel"] for name in ("gate", "up", "down")))
+        gate = params.get("shared_gate")
+        y += shared if gate is None else jax.nn.sigmoid(x_BTD @ gate) * shared
     return y
 
 
@@ -92,12 +94,11 @@ def close(found, expected, tolerance=1e-5):
     jax.tree.map(one, found, expected)
 
 
-def on_mesh(layout, devices, function, params, x_BTD):
+def on_mesh(layout, devices, function, params, x_BTD, **settings):
     """`function` compiled for a layout, parameters and rows sharded as in training."""
     mesh = layout.mesh(devices)
-    boxed = jax.eval_shape(
-        lambda: Moe(**MOE, shared_hidden=F).init(jax.random.key(0), jnp.zeros((1, 2, D)))
-    )
+    moe = Moe(**{**MOE, "shared_hidden": F, **settings})
+    boxed = jax.eval_shape(lambda: moe.init(jax.random.key(0), jnp.zeros((1, 2, D))))
     params = jax.device_put(params, sharding.shardings_of(boxed, mesh)["params"])
     x_BTD = jax.device_put(x_BTD, sharding.batch_sharding(mesh))
 
@@ -131,6 +132,25 @@ def test_every_mesh_is_a_loop_over_experts(variables, x_BTD, expected, devices, 
     moe = Moe(**MOE, shared_hidden=F, routing=routing, capacity_factor=E / K)
     run = functools.partial(value_and_grad, output_of(moe))
     found = on_mesh(layout, devices, run, variables["params"], x_BTD)
+    close(jax.tree.map(np.asarray, found), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [None, *LAYOUTS.values()], ids=["one", *LAYOUTS])
+def test_gated_shared_experts_and_weights_that_do_not_sum_to_1(variables, x_BTD, devices, layout):
+    """As in Qwen1.5-MoE; the shared experts have a width of their own."""
+    random = np.random.default_rng(3)
+    sizes = {"gate": (D, 16), "up": (D, 16), "down": (16, D)}
+    draw = lambda *shape: (0.4 * random.normal(size=shape)).astype(np.float32)  # noqa: E731
+    params = {**variables["params"], "shared_gate": draw(D, 1)}
+    params["shared"] = {name: {"kernel": draw(*shape)} for name, shape in sizes.items()}
+    expected = value_and_grad(functools.partial(loop, normalise=False), params, x_BTD)
+    settings = {"shared_hidden": 16, "gated_shared": True, "normalise": False}
+    run = functools.partial(value_and_grad, output_of(Moe(**MOE, **settings)))
+    if layout is None:
+        found = run(params, x_BTD)
+    else:
+        found = on_mesh(layout, devices, run, params, x_BTD, **settings)
     close(jax.tree.map(np.asarray, found), expected)
 
 

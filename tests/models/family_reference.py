@@ -59,7 +59,7 @@ FAMILIES = {
     "qwen2_moe": (
         "Qwen2Moe",
         {
-            "num_experts": 5,
+            "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 12,
             "shared_expert_intermediate_size": 20,

@@ -60,7 +60,7 @@ MODELS = {
     "qwen2_moe": functools.partial(
         moe,
         qkv_bias=True,
-        num_experts=5,
+        num_experts=4,
         experts_per_token=2,
         expert_hidden=12,
         shared_hidden=20,
@@ -239,13 +239,22 @@ def test_a_token_reaches_back_by_the_windows_of_its_layers(family, change, reach
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
-def test_eight_devices_equal_one(family, devices):
-    """Rows, heads and the length split: windows and caps go round the ring."""
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("gemma2", Layout(data=2, tensor=2, context=2)),
+        ("gemma3", Layout(data=2, tensor=2, context=2)),
+        ("qwen2_moe", Layout(data=1, expert=2, tensor=2, fsdp=2)),
+    ],
+)
+def test_eight_devices_equal_one(family, layout, devices):
+    """Rows, heads and the length split: windows and caps go round the ring, tokens to experts."""
     arrays = stored(family)
-    model = MODELS[family](**SIZES, vocab_multiple=2)
+    model = model_of(family, vocab_multiple=2)
     weights = weights_of(arrays, family)
-    weights["embed/table"] = np.pad(weights["embed/table"], ((0, 1), (0, 0)))
+    for name in ("embed/table", "unembed/table"):
+        if name in weights:
+            weights[name] = np.pad(weights[name], ((0, 1), (0, 0)))
     variables = variables_of(weights)
     tokens = jnp.asarray(np.concatenate([arrays["tokens"], arrays["tokens"][:1]]), jnp.int32)
     batch = {
@@ -261,7 +270,7 @@ def test_eight_devices_equal_one(family, devices):
         return task.loss(variables, batch, jax.random.key(0), train=False).loss.value
 
     def spread(variables):
-        with sharding.use(Layout(data=2, tensor=2, context=2).mesh(devices)):
+        with sharding.use(layout.mesh(devices)):
             return loss(variables)
 
     value, gradients = jax.jit(loss)(variables)

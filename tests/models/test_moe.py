@@ -62,6 +62,8 @@ def batch():
     ("arguments", "count"),
     [
         ({"size": "8x7b"}, 46_702_792_704),
+        ({"size": "a2.7b", "vocab_size": 151936}, 14_315_784_192),
+        ({"size": "57b-a14b", "vocab_size": 151936}, 57_408_658_944),
         ({"size": "30b-a3b", "vocab_size": 151936}, 30_532_122_624),
         ({"size": "235b-a22b", "vocab_size": 151936}, 235_093_634_560),
         ({"size": "671b", "vocab_size": 129280}, 671_254_148_096),
@@ -80,12 +82,42 @@ def test_flop_counts_active_parameters():
     assert model.flop_per_token(1000)[1] == 2 * (46_702_792_704 - idle) + attention
 
 
+def test_flop_counts_shared_experts_and_their_gate():
+    """Two for each weight that a token of Qwen1.5-MoE meets: of its 60 experts four."""
+    model = moe_preset(size="a2.7b", vocab_size=151936)
+    idle = 24 * 56 * 3 * 2048 * 1408 + 151936 * 2048
+    idle += (2 * 24 + 1) * 2048 + 24 * 3 * 2048  # norms and biases
+    attention = 24 * 4 * 2048 * 1000
+    assert model.flop_per_token(1000)[1] == 2 * (14_315_784_192 - idle) + attention
+
+
 def test_dense_layers_come_first(model):
     shapes = {k: v.shape for k, v in paths_of(abstract_params(model)).items()}
     assert shapes["blocks/parts_0/block/mlp/up/kernel"] == (1, 16, 20)
     assert shapes["blocks/parts_1/block/mlp/up_kernel"] == (2, 4, 16, 12)
     assert shapes["blocks/parts_1/block/mlp/shared/up/kernel"] == (2, 16, 12)
     assert shapes["blocks/parts_1/block/mlp/router_kernel"] == (2, 16, 4)
+
+
+def test_dense_layers_anywhere():
+    sizes = {**SMALL, "num_layers": 5, "num_dense_layers": 0}
+    model = moe(**sizes, mixture_layers=(False, True, True, False, True))
+    shapes = {k: v.shape for k, v in paths_of(abstract_params(model)).items()}
+    stacks = [f"blocks/parts_{i}/block/mlp/up" for i in range(4)]
+    names = zip(stacks, ("/kernel", "_kernel", "/kernel", "_kernel"), strict=True)
+    assert [shapes[path + name] for path, name in names] == [
+        (1, 16, 20), (2, 4, 16, 12), (1, 16, 20), (1, 4, 16, 12),
+    ]  # fmt: skip
+    assert [stack.block.attention.first_layer for stack in model.stacks] == [0, 1, 3, 4]
+
+
+def test_given_numbers_stand_in_place_of_the_presets():
+    small = {"num_layers": 2, "dim": 64, "num_heads": 4, "num_kv_heads": 2, "expert_hidden": 24}
+    mixture = lambda **given: moe_preset(**small, **given).blocks.block.mlp  # noqa: E731
+    assert mixture(size="a2.7b", shared_hidden=40).shared_hidden == 40
+    assert mixture(size="a2.7b", num_shared_experts=2).shared_hidden == 48
+    assert mixture(size="nano").shared_hidden == 24
+    assert mixture(size="nano", shared_hidden=40).shared_hidden == 40
 
 
 def test_cached_logits_equal_full_forward(model, variables):
@@ -155,6 +187,17 @@ def test_auxiliary_losses_of_rows_add_up(model, variables, batch):
         ({"capacity_factor": 0.0}, "must be positive"),
         ({"scale": float("inf")}, "must be positive and finite"),
         ({"num_shared_experts": 2**24}, "shared_hidden is .*: must be at most"),
+        ({"shared_hidden": 8}, "num_shared_experts is 1 and shared_hidden 8"),
+        ({"shared_hidden": -1, "num_shared_experts": 0}, "shared_hidden is -1"),
+        ({"gated_shared": True, "num_shared_experts": 0}, "there are no shared experts"),
+        ({"normalise": False, "scores": "sigmoid"}, "normalise is False, which is for softmax"),
+        ({"mixture_layers": (True,)}, "speaks of 1 layers, and num_layers is 3"),
+        ({"mixture_layers": (True,) * 3}, "num_dense_layers is 1 and mixture_layers is given"),
+        ({"mixture_layers": (False,) * 3, "num_dense_layers": 0}, "has no True"),
+        (
+            {"mixture_layers": (False, True, True), "num_dense_layers": 0, "dense_hidden": None},
+            "dense_hidden is None",
+        ),
         ({"num_experts": 0}, "num_experts is 0"),
     ],
 )

@@ -28,6 +28,9 @@ def test_softmax_weights_are_a_softmax_over_the_chosen(logits_BTE):
     chosen = np.take_along_axis(logits_BTE, expected, axis=-1)
     np.testing.assert_allclose(weights, jax.nn.softmax(chosen), rtol=1e-5)
     np.testing.assert_allclose(probs, jax.nn.softmax(logits_BTE), rtol=1e-5)
+    again, weights, _ = softmax_top_k(logits_BTE, K, normalise=False)
+    np.testing.assert_array_equal(again, expected)
+    np.testing.assert_allclose(weights, np.take_along_axis(probs, expected, axis=-1), rtol=1e-6)
 
 
 def test_sigmoid_weights_by_hand():
