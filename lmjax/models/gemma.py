@@ -216,6 +216,7 @@ def _preset(sizes: dict[str, Size], *, period: int, given: dict[str, Any]) -> di
     else:
         preset["query_scale"] = score_dim**-0.5
     preset["rope_scaling"] = None if stretch is None else LinearScaling(factor=stretch)
+    check_sizes(num_layers=preset["num_layers"])
     layers = range(1, preset["num_layers"] + 1)
     preset["window_layers"] = tuple(layer % period != 0 for layer in layers)
     return preset
