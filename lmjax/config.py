@@ -174,7 +174,7 @@ def from_dict(tree: Mapping[str, Any]) -> ConfigDict:
         if isinstance(node, Mapping):
             key = json.dumps(node, sort_keys=True)
             if key not in seen:
-                made = ConfigDict(type_safe=False)
+                made = ConfigDict(type_safe=False, sort_keys=False)
                 for name, value in node.items():
                     _set(made, name, convert(value), "config")
                 seen[key] = made
@@ -284,7 +284,7 @@ def _recorded(value: Any, path: str) -> Any:
             raise UserError(f"{path}: a FieldReference may be a field, not a member of a sequence.")
         return tuple(_recorded(item, path) for item in value)
     if isinstance(value, Mapping):
-        node = ConfigDict(type_safe=False)
+        node = ConfigDict(type_safe=False, sort_keys=False)  # stages run in the order given
         for key, item in value.items():
             _set(node, key, _recorded(item, path), path)
         return node

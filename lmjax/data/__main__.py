@@ -2,7 +2,11 @@
 
 Steps count from 1. The batch is found by its number: nothing before it is read, no device is used
 and nothing is written but the cache of tokens. With `--workdir`, batches that rollbacks of that run
-left out are passed over, as they are by the run. Exit codes: 0; 2 for a bad config, flag or file.
+left out are passed over, as they are by the run.
+
+`python -m lmjax.data --path=OUT`: what the token store OUT holds. Every file is checked against its
+sum; counts by source and the beginnings of some documents are printed, and a picture of their
+lengths is written beside the store. Exit codes: 0; 2 for a bad config, flag or file.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from absl import logging as absl_logging
 
 from lmjax.config import build_and_resolve, load_config
 from lmjax.data.describe import describe, spell
+from lmjax.data.store import Store
+from lmjax.data.survey import draw_lengths, find_stores, picture_path, spell_survey, survey
 from lmjax.engine.incidents import batch_of, batches_left_out
 from lmjax.errors import Exit, UserError
 from lmjax.flags import OVERRIDES, define_config, fail, parse_flags
@@ -28,6 +34,7 @@ ROWS = flags.DEFINE_integer("rows", None, "how many rows to show; all if not giv
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "a run of this config: its rollbacks' batches are left out of the steps'"
 )
+STORE = flags.DEFINE_string("path", None, "a token store, or what `python -m lmjax.prepare` wrote")
 JSON = flags.DEFINE_bool("json", False, "print one JSON object, with every array of the batch")
 
 
@@ -37,8 +44,14 @@ def main(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected arguments: {' '.join(argv[1:])}.")
+        if STORE.value:
+            tell_store(STORE.value)
+            return
         if not CONFIG.value:
-            raise UserError("--config is not given: name a file, as --config=configs/char.py.")
+            raise UserError(
+                "--config is not given: name a file, as --config=configs/char.py, or a token store "
+                "by --path."
+            )
         if (STEP.value is None) == (BATCH.value is None):
             raise UserError("give --step (from 1) or --batch (from 0), one of the two.")
         run, _ = build_and_resolve(load_config(CONFIG.value, OVERRIDES))
@@ -57,6 +70,27 @@ def main(argv: list[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         fail(error, Exit.USAGE)
+
+
+def tell_store(path: str) -> None:
+    """Prints what the splits of a store hold; raises UserError where one is damaged."""
+    if CONFIG.value or STEP.value is not None or BATCH.value is not None:
+        raise UserError("--path shows a token store: give it without --config, --step and --batch.")
+    damaged = []
+    for folder in find_stores(path):
+        store = Store(folder)
+        found = survey(store, samples=3 if ROWS.value is None else ROWS.value)
+        damaged += found["damaged"]
+        if not found["damaged"]:
+            found["picture"] = str(picture_path(store))
+            draw_lengths(found, found["picture"])
+        for line in [json.dumps(found)] if JSON.value else spell_survey(found):
+            print(line)
+        if not JSON.value and not found["damaged"]:
+            print(f"  picture: {found['picture']}")
+    sys.stdout.flush()
+    if damaged:
+        raise UserError(f"{path}: {len(damaged)} damaged files; {damaged[0]}")
 
 
 def _number(steps: int) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import atexit
 import sys
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -17,6 +17,14 @@ from lmjax.core import Batch
 from lmjax.errors import UserError
 
 MAX_WORKERS = 512
+
+
+class Examples(Protocol):
+    """Examples that are read many at a time."""
+
+    def rows(self, examples: Sequence[int]) -> Batch:
+        """These examples, stacked; at least one."""
+        ...
 
 
 def check_workers(workers: int) -> None:
@@ -29,7 +37,7 @@ def check_workers(workers: int) -> None:
 
 
 def read_batches(
-    examples: grain.MapDataset[Any],
+    examples: grain.MapDataset[Any] | Examples,
     *,
     batch_size: int,
     shard: int = 0,
@@ -44,7 +52,7 @@ def read_batches(
     costs the same. The iterator has `close()`, which ends its thread and processes.
 
     Args:
-      examples: dicts of arrays of one shape.
+      examples: dicts of arrays of one shape, one by one or many at a time.
       batch_size: rows of a global batch.
       shard: which of the shards to read.
       num_shards: how many shards a batch is cut into; divides batch_size.
@@ -94,7 +102,7 @@ def _close(reference: weakref.ref[Generator[Batch, None, None]]) -> None:
 class _Reader:
     """Step to batch: a pure function, and the only thing that a worker process needs."""
 
-    examples: grain.MapDataset[Any]
+    examples: grain.MapDataset[Any] | Examples
     batch_size: int
     rows: int
     first: int
@@ -105,9 +113,25 @@ class _Reader:
         end = begin + self.rows
         if self.num_examples is not None:
             end = min(end, self.num_examples)
+        if not isinstance(self.examples, grain.MapDataset):
+            return self._stacked(self.examples, range(begin, end))
         read = [self.examples[index] for index in range(begin, end)]
         if len(read) < self.rows:
             like = read[0] if read else self.examples[0]
             blank = {name: np.zeros_like(value) for name, value in like.items()}
             read += [blank] * (self.rows - len(read))
         return {name: np.stack([example[name] for example in read]) for name in read[0]}
+
+    def _stacked(self, examples: Examples, wanted: range) -> Batch:
+        """Likewise, of examples that come stacked."""
+        batch = examples.rows(wanted or range(1))
+        if len(wanted) == self.rows:
+            return batch
+        blank = {
+            name: np.zeros((self.rows - len(wanted), *value.shape[1:]), value.dtype)
+            for name, value in batch.items()
+        }
+        return {
+            name: np.concatenate([value[: len(wanted)], blank[name]])
+            for name, value in batch.items()
+        }

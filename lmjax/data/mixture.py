@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ import grain
 import numpy as np
 
 from lmjax.core import Batch, Spec
-from lmjax.data.batches import check_workers, read_batches
+from lmjax.data.batches import Examples, check_workers, read_batches
+from lmjax.data.mixed import MixedExamples, Turn
 from lmjax.data.origins import Origin
 from lmjax.data.tokenizer import TextTokenizer
 from lmjax.errors import UserError, did_you_mean
@@ -160,6 +162,19 @@ class Mixture:
             source.examples(seed=_seed_for(seed, name)) for name, source in self.sources.items()
         )
 
+    def stacked(self, *, seed: int) -> MixedExamples | None:
+        """The same sequence, read many at a time; None unless all sources can."""
+        assert self.tokenizer is not None  # raises unless it is one and the same
+        parts: list[Examples] = []
+        for name, source in self.sources.items():
+            read = getattr(source, "stacked", None)
+            part = read(seed=_seed_for(seed, name)) if read else None
+            if part is None:
+                return None
+            parts.append(part)
+        turns = (grain.MapDataset.range(sys.maxsize).map(Turn(i)) for i in range(len(parts)))
+        return MixedExamples(turns=self._mix(turns), sources=tuple(parts))
+
     def origins(self, *, seed: int) -> grain.MapDataset[Any]:
         """The `Origin` of every element of `examples(seed=seed)`, each named by its source."""
         return self._mix(
@@ -172,7 +187,7 @@ class Mixture:
     ) -> Generator[Batch, None, None]:
         """Endless batches, a function of (seed, step) alone."""
         return read_batches(
-            self.examples(seed=seed),
+            self.stacked(seed=seed) or self.examples(seed=seed),
             batch_size=batch_size,
             shard=shard,
             num_shards=num_shards,

@@ -96,7 +96,7 @@ class SubwordTokenizer:
             return np.array(encoded.ids, np.int32)
 
     @functools.cached_property
-    def _exact(self) -> bool:
+    def exact(self) -> bool:
         """Whether the tokens of a text hold all of its bytes."""
         return self._byte_level and self._tokenizer.normalizer is None
 
@@ -124,13 +124,25 @@ class SubwordTokenizer:
         A byte-level vocabulary that lacks bytes drops them, which is an error here.
         """
         ids = self._ids_of(text)
-        lost = len(text.encode()) - int(self.token_bytes()[ids].sum()) if self._exact else 0
+        lost = len(text.encode()) - int(self.token_bytes()[ids].sum()) if self.exact else 0
         if lost > 0 or (text.strip() and not len(ids)):
             raise UserError(
                 f"the tokenizer drops {lost or len(text)} bytes of the text, for which it has no "
                 "token. Give a tokenizer that spells any text."
             )
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """What `encode` gives for each text, on all cores."""
+        with explained("the tokenizer cannot spell the texts"):
+            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        rows = [np.array(row.ids, np.int32) for row in encoded]
+        for text, ids in zip(texts, rows, strict=True):
+            if self.exact and len(text.encode()) > int(self.token_bytes()[ids].sum()):
+                self.encode(text)  # which says what is wrong
+            elif text.strip() and not len(ids):
+                self.encode(text)
+        return rows
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """Ids as `transformers` gives them to the model, int32 [tokens].

@@ -12,18 +12,35 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lmjax.core import Tokenizer
 from lmjax.data.pieces import join, sha256
 from lmjax.data.subword import SubwordTokenizer
 from lmjax.errors import UserError, did_you_mean
 
 
-class TextTokenizer(Tokenizer, Protocol):
-    """A tokenizer that can also end a document and say how much text a token stands for.
+class TextTokenizer(Protocol):
+    """A `core.Tokenizer` that can end a document and say how much text a token stands for.
 
     `decode` takes any integers: ids that stand for no text (the document's end) give nothing, and
-    ids or bytes that spell no character give U+FFFD.
+    ids or bytes that spell no character give U+FFFD. Says all of `core.Tokenizer` again, as
+    importing that would bring jax into processes that only prepare text.
     """
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text; raises UserError for what the vocabulary cannot spell."""
+        ...
+
+    def decode(self, ids: Any) -> str:
+        """The text of any sequence of ids."""
+        ...
+
+    def to_json(self) -> str:
+        """All that is needed to make it again; see `tokenizer_from_json`."""
+        ...
 
     @property
     def end_id(self) -> int:

@@ -1,0 +1,1 @@
+"""Augmentation: pure functions of (example, seed, index), as batches are of (seed, step)."""

@@ -1,0 +1,1 @@
+"""Readers: files of many formats as records, with what cannot be read set aside."""

@@ -1,0 +1,474 @@
+"""Readers: what they find in dirty files, against what was put there."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import importlib.util
+import json
+import lzma
+import os
+from email.message import EmailMessage
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lmjax.errors import UserError
+from lmjax.prepare.files import File, find
+from lmjax.prepare.read.decode import Undecodable, decode
+from lmjax.prepare.read.jsonl import Jsonl
+from lmjax.prepare.read.mail import Email
+from lmjax.prepare.read.pdf import Pdf
+from lmjax.prepare.read.sheet import Piece, Sheet
+from lmjax.prepare.read.source import Source
+from lmjax.prepare.read.table import Csv, Parquet
+from lmjax.prepare.read.text import Lines, Text
+from lmjax.prepare.read.unpack import Unpacked
+from lmjax.prepare.read.web import Html, Warc
+
+
+def read(form, path: Path, target: int = 0):
+    """(number, text, meta) of each record, (number, offset, reason) of each bad one, counts."""
+    (file,) = find(str(path))
+    pieces = form.cut(file, target=target) if target else [Piece(file=file)]
+    good, bad, counts = [], [], {}
+    for piece in pieces:
+        sheet = Sheet("s")
+        sheet.begin(file)
+        for _ in form.read(piece, sheet):
+            pass
+        result = sheet.take()
+        for row in result.kept.to_pylist():
+            name, _, number = row["id"].rpartition("#")
+            assert (name, row["source"]) == (f"s/{file.name}", "s")
+            good.append((int(number), row["text"], json.loads(row["meta"] or "{}")))
+        for row in result.quarantined.to_pylist():
+            assert row["file"] == file.name
+            bad.append((int(row["id"].rpartition("#")[2]), row["offset"], row["reason"]))
+        counts |= result.counts
+    return good, bad, counts
+
+
+def put(tmp_path, name, data):
+    path = tmp_path / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+# Decoding
+
+
+@pytest.mark.parametrize(
+    "data, declared, text, how",
+    [
+        (b"plain", None, "plain", ""),
+        ("caf\xe9".encode(), "latin-1", "caf\xe9", ""),
+        (b"\xef\xbb\xbfx", None, "x", ""),
+        ("\xe9\u4e2d".encode("utf-16"), None, "\xe9\u4e2d", "decoded as utf-16-le, by its byte"),
+        (b"\xff\xfe\x00\x00" + "x".encode("utf-32-le"), None, "x", "decoded as utf-32-le, by its"),
+        (b"caf\xe9 \x80", "ISO-8859-1", "caf\xe9 \u20ac", "decoded as cp1252, declared"),
+        (b"caf\xe9 \xe9\xe8", "nonsense", "caf\xe9 \xe9\xe8", "decoded as cp1252, guessed"),
+        (b"\xd6\xd0\xb9\xfa", "gb2312", "\u4e2d\u56fd", "decoded as gb18030, declared"),
+        (b"x" * 3000 + b"\xe2\x82", None, "x" * 3000 + "\ufffd", "invalid UTF-8 replaced"),
+        (b"\\ud800\xff \xff\xff", "unicode_escape", None, "decoded as cp1252, guessed"),
+        (b"\xff\xff\xff", "base64", "\xff\xff\xff", "decoded as cp1252, guessed"),
+    ],
+)
+def test_decode(data, declared, text, how):
+    found, told = decode(data, declared)
+    found.encode()
+    assert told.startswith(how) and (text is None or found == text)
+
+
+def test_binary_is_no_text():
+    with pytest.raises(Undecodable, match="a zero at byte 1"):
+        decode(b"x\0y")
+
+
+# Compression
+
+PACKED = {
+    "gz": gzip.compress,
+    "members.gz": lambda data: gzip.compress(data[:99]) + gzip.compress(data[99:]),
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "plain": bytes,
+}
+
+
+@pytest.mark.parametrize("form", [*PACKED, "zst"])
+@pytest.mark.parametrize("size", [-1, 777])
+def test_unpacked(tmp_path, form, size):
+    data = np.random.default_rng(0).choice(list(b"ab\n"), 200_000).astype(np.uint8).tobytes()
+    pack = PACKED.get(form) or pytest.importorskip("zstandard").compress
+    path = put(tmp_path, "x", pack(data))
+    with path.open("rb") as raw:
+        stream = Unpacked(raw)
+        assert b"".join(iter(lambda: stream.read(size), b"")) == data
+    assert (stream.broken, stream.offset) == ("", len(data))
+
+
+@pytest.mark.parametrize("form", ["gz", "xz", "zst"])
+def test_cut_off_in_the_middle(tmp_path, form):
+    lines = [f"{i} {'x' * (i % 7)}" for i in np.random.default_rng(0).integers(0, 10**9, 20_000)]
+    data = "\n".join(lines).encode()
+    packed = (PACKED.get(form) or pytest.importorskip("zstandard").compress)(data)
+    path = put(tmp_path, f"x.{form}", packed[: len(packed) // 2])
+    good, ((number, offset, reason),), _ = read(Lines(), path)
+    assert 3_000 < len(good) < 20_000 and [text for _, text, _ in good] == lines[: len(good)]
+    assert number == len(good) and offset == sum(len(line) + 1 for line in lines[:number])
+    assert "ends too early" in reason
+
+
+def test_damaged_in_the_middle(tmp_path):
+    data = os.urandom(400_000).hex().encode()
+    packed = bytearray(gzip.compress(b"\n".join(data[i : i + 99] for i in range(0, 800_000, 99))))
+    packed[len(packed) // 2 : len(packed) // 2 + 1000] = bytes(1000)
+    good, ((_, _, reason),), _ = read(Lines(), put(tmp_path, "x.gz", bytes(packed)))
+    assert len(good) > 1000 and "gzip is damaged" in reason
+
+
+# Text
+
+
+def test_text_and_lines(tmp_path):
+    path = put(tmp_path, "a.txt", b"one\r\n\ntwo\0\nthr\xe9\xe9\n")
+    assert read(Text(), path)[1] == [(0, 0, "binary: a zero at byte 9")]
+    good, bad, counts = read(Lines(), path)
+    assert [g[:2] for g in good] == [(0, "one"), (1, ""), (3, "thr\xe9\xe9")]
+    assert bad == [(2, 6, "binary: a zero at byte 3")]
+    assert counts == {"decoded as cp1252, guessed": 1}
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+@pytest.mark.parametrize("target", [1, 7, 40, 333, 10**6])
+def test_pieces_hold_each_line_once(tmp_path, target, end):
+    rng = np.random.default_rng(target)
+    lines = ["x" * n for n in rng.integers(0, 60, 50)] + ["last"]
+    path = put(tmp_path, "a.txt", "\n".join(lines) + end)
+    assert [g[:2] for g in read(Lines(), path, target)[0]] == list(enumerate(lines))
+    (file,) = find(str(path))
+    pieces = Lines().cut(file, target=target)
+    assert len(pieces) <= max(1, path.stat().st_size / target) + 1
+    assert target > 100 or len(pieces) > 10
+
+
+# JSON
+
+
+def test_jsonl(tmp_path):
+    lines = [
+        b'{"text": "a", "url": "u", "n": 1}',
+        b'{"text": "b"',
+        b"",
+        b'{"txt": "c"}',
+        b'{"text": null}',
+        b'{"text": {"a": 1}}',
+        b"[1]",
+        b'{"text": "\\ud800"}',
+        b'{"text": "caf\xe9 \xe9"}',
+        b'\xef\xbb\xbf{"text": "mark"}',
+        b'{"text": "z", "nan": NaN}',
+        b'{"text": "last"}',
+    ]
+    good, bad, counts = read(Jsonl(), put(tmp_path, "a.jsonl", b"\n".join(lines)))
+    assert good == [
+        (0, "a", {"url": "u", "n": 1}),
+        (8, "caf\xe9 \xe9", {}),
+        (9, "mark", {}),
+        (11, "last", {}),
+    ]
+    assert [b[0] for b in bad] == [1, 3, 4, 5, 6, 7, 10]
+    assert len(good) + len(bad) == len(lines) - 1
+    for number, offset, _ in bad:
+        assert offset == sum(len(line) + 1 for line in lines[:number])
+    reasons = dict((b[0], b[2]) for b in bad)
+    assert reasons[3] == "no field 'text'" and reasons[4] == "'text' is null, not text"
+    assert reasons[5] == "'text' is an object, not text" and reasons[6] == "no JSON object"
+    assert counts == {"decoded as cp1252, guessed": 1}
+    kept = read(Jsonl(keep=("n",)), tmp_path / "a.jsonl")[0]
+    assert kept[0] == (0, "a", {"n": 1})
+
+
+@pytest.mark.parametrize("target", [50, 500])
+def test_jsonl_in_pieces(tmp_path, target):
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"text": "y" * int(n)}) for n in rng.integers(0, 90, 80)]
+    lines[3] = lines[50] = "{"
+    path = put(tmp_path, "a.jsonl", "\n".join(lines))
+    assert read(Jsonl(), path, target) == read(Jsonl(), path)
+
+
+# Tables
+
+
+@pytest.mark.parametrize("target", [0, 1, 3000])
+def test_parquet(tmp_path, target):
+    rows = [{"body": f"t{i}" * 30, "n": i, "x": None} for i in range(100)]
+    rows[17]["body"] = None
+    table = pa.Table.from_pylist(
+        rows, schema=pa.schema({"body": "string", "n": "int64", "x": "string"})
+    )
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10)
+    good, bad, _ = read(Parquet(text="body"), tmp_path / "a.parquet", target)
+    assert good == [(i, r["body"], {"n": i}) for i, r in enumerate(rows) if i != 17]
+    assert bad == [(17, 17, "'body' is null, not text")]
+
+
+def test_damaged_parquet(tmp_path):
+    table = pa.table({"text": [os.urandom(50).hex() for _ in range(100)]})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, row_group_size=10, compression="none", use_dictionary=False)
+    begin = pq.ParquetFile(path).metadata.row_group(4).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[begin : begin + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    good, ((number, _, reason),), counts = read(Parquet(), path)
+    assert [g[0] for g in good] == [i for i in range(100) if not 40 <= i < 50]
+    assert number == 40 and "damaged row group" in reason
+    assert counts == {"rows lost in damaged row groups": 10}
+    assert "no parquet" in read(Parquet(), put(tmp_path, "b.parquet", b"PAR1 no"))[1][0][2]
+
+
+def test_csv_against_the_library(tmp_path):
+    rng = np.random.default_rng(0)
+    alphabet = list('ab,"\n x\u4e2d')
+    rows = [
+        ["".join(rng.choice(alphabet, rng.integers(0, 9))) for _ in range(3)] for _ in range(300)
+    ]
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([["a", "text", "c"], *rows])
+    good, bad, _ = read(Csv(keep=("a",)), path)
+    assert not bad and [(g[1], g[2]) for g in good] == [(r[1], {"a": r[0]}) for r in rows]
+
+
+def test_dirty_csv(tmp_path):
+    lines = [
+        b"n,text",
+        b"1,good",
+        b"2,too,many",
+        b"3",
+        b'4,"two',
+        b'lines"',
+        b'5,"never ended',
+        b"6,caf\xe9 \xe9",
+        b'7,"x"y',
+        b"8,a\0b",
+        b"",
+        b'9,5" tall',
+    ]
+    good, bad, _ = read(Csv(), put(tmp_path, "a.csv", b"\n".join(lines)))
+    assert [(g[1], g[2]["n"]) for g in good] == [
+        ("good", "1"),
+        ("two\nlines", "4"),
+        ("caf\xe9 \xe9", "6"),
+        ('5" tall', "9"),
+    ]
+    offsets = [sum(len(line) + 1 for line in lines[:i]) for i in (2, 3, 6, 8, 9)]
+    assert [b[1] for b in bad] == offsets
+    assert sorted([g[0] for g in good] + [b[0] for b in bad]) == list(range(9))
+    tabs = put(tmp_path, "b.tsv", "a\tx, y\n")
+    assert read(Csv(names=("n", "text")), tabs)[0] == [(0, "x, y", {"n": "a"})]
+
+
+# Web
+
+
+def page(body: bytes, *, head: str = "Content-Type: text/html", kind: str = "response") -> bytes:
+    http = f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode() + body
+    told = (
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <urn:uuid:1>\r\n"
+        f"WARC-Target-URI: http://x/\r\nWARC-Date: 2020-01-01T00:00:00Z\r\n"
+        f"Content-Type: application/http\r\nContent-Length: {len(http)}\r\n\r\n"
+    )
+    return told.encode() + http + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_warc(tmp_path, pack):
+    pytest.importorskip("fastwarc")
+    latin = "Content-Type: text/html; charset=ISO-8859-1"
+    chunked = "Content-Type: text/html\r\nTransfer-Encoding: chunked"
+    packed = "Content-Type: text/html\r\nContent-Encoding: gzip"
+    records = [
+        page(b"<p>one"),
+        page(b"", kind="request"),
+        page(b"caf\xe9 \xe9", head=latin),
+        page(b"\x89PNG", head="Content-Type: image/png"),
+        page(b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n", head=chunked),
+        page(gzip.compress(b"<p>packed"), head=packed),
+        page(gzip.compress(b"<p>packed" * 99)[:-9], head=packed),
+        page(b'<meta charset="shift_jis">\x93\xfa\x96{'),
+    ]
+    path = put(tmp_path, "a.warc.gz", b"".join(map(pack, records)))
+    good, bad, counts = read(Warc(), path)
+    texts = [
+        "<p>one",
+        "caf\xe9 \xe9",
+        "abcde",
+        "<p>packed",
+        '<meta charset="shift_jis">\u65e5\u672c',
+    ]
+    assert [g[1] for g in good] == texts and [g[0] for g in good] == [0, 1, 2, 3, 5]
+    told = {"content_type": "text/html", "url": "http://x/", "date": "2020-01-01T00:00:00Z"}
+    assert good[0][2] == told
+    assert [b[:2] for b in bad] == [(4, sum(len(pack(r)) for r in records[:6]))]
+    assert counts["WARC records of type request passed over"] == 1
+    assert counts["WARC responses that are no page passed over"] == 1
+    whole = path.read_bytes()
+    path.write_bytes(whole[: sum(len(pack(r)) for r in records[:5]) - 20])
+    good, bad, _ = read(Warc(), path)
+    assert [g[1] for g in good] == texts[:2] and [b[2] for b in bad] == ["a record that is cut off"]
+    path.write_bytes(pack(records[0]) + b"rubbish\r\n\r\n" + pack(records[0]))
+    good, bad, _ = read(Warc(), path)
+    assert len(good) == 1 and len(bad) == 1 and "the rest of the file is lost" in bad[0][2]
+
+
+def test_html(tmp_path):
+    data = '<meta http-equiv="Content-Type" content="text/html; charset=windows-1251">\u043c'
+    good, _, counts = read(Html(), put(tmp_path, "a.html", data.encode("cp1251")))
+    assert good == [(0, data, {"content_type": "text/html"})]
+    assert counts == {"decoded as cp1251, declared": 1}
+
+
+# Mail
+
+
+def test_mail(tmp_path):
+    message = EmailMessage()
+    message["Subject"], message["From"] = "Gr\xfc\xdfe", "a@b.example"
+    message.set_content("plain \u20ac\n", cte="base64")
+    message.add_alternative("<p>html", subtype="html")
+    message.add_attachment("attached", filename="a.txt")
+    path = put(tmp_path, "a.eml", bytes(message))
+    good, bad, _ = read(Email(), path)
+    assert good == [(0, "plain \u20ac\n", {"subject": "Gr\xfc\xdfe", "from": "a@b.example"})]
+    assert not bad
+    source = read(Email(body="source"), path)[0][0][1]
+    assert bytes(message).decode().endswith(source) and source.startswith("--==")
+
+
+@pytest.mark.parametrize(
+    "data, text, kind",
+    [
+        (b"Subject: x\n\nbody\n", "body\n", None),
+        (b"Subject: x\r\n\r\nbody\r\n", "body\r\n", None),
+        (b"Content-Type: text/html\n\n<p>x", "<p>x", "text/html"),
+        (b"Content-Type: text/plain; charset=latin-1\n\n\xe9", "\xe9", None),
+        (b"Content-Type: text/plain; charset=nonsense\n\n\xe9\xe9\xe9", "\xe9\xe9\xe9", None),
+        (
+            b"Content-Transfer-Encoding: quoted-printable\nX: y\n\n=E9=E9=E9=\n",
+            "\xe9\xe9\xe9",
+            None,
+        ),
+        (b"Content-Transfer-Encoding: base64\nX: y\n\n!!!not base64", None, None),
+        (b"Content-Type: multipart/mixed; boundary=b\n\n--b\n\nin part\n", "in part", None),
+        (b"Content-Type: multipart/mixed\n\nno boundary", "no boundary", None),
+        (b"Subject: =?utf-8?b?broken?=\n\nx", "x", None),
+    ],
+)
+def test_broken_mail_is_kept(tmp_path, data, text, kind):
+    good, bad, _ = read(Email(), put(tmp_path, "a", data))
+    assert len(good) == 1 and not bad
+    assert text is None or good[0][1] == text
+    assert good[0][2].get("content_type") == kind
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "no e-mail"),
+        (b"only text\nwithout a header", "no e-mail"),
+        (b"Content-Type: text/plain\n\na\0b", "binary"),
+        (b"Content-Type: image/png\nX: y\n\nabc", "without text: image/png"),
+        (
+            b"Content-Type: multipart/mixed; boundary=b\n\n"
+            b"--b\nContent-Type: image/png\n\nx\n--b--",
+            "without text: multipart/mixed",
+        ),
+    ],
+)
+def test_no_mail_is_quarantined(tmp_path, data, reason):
+    good, bad, _ = read(Email(), put(tmp_path, "a", data))
+    assert not good and len(bad) == 1 and reason in bad[0][2]
+
+
+# PDF
+
+
+def test_pdf(tmp_path):
+    path = put(tmp_path, "a.pdf", b"%PDF-1.4 broken")
+    if importlib.util.find_spec("pypdf"):
+        assert "no PDF that can be read" in read(Pdf(), path)[1][0][2]
+    else:
+        with pytest.raises(UserError, match="pip install pypdf"):
+            read(Pdf(), path)
+
+
+# Files and formats
+
+
+def test_find(tmp_path):
+    for name in ("b/2.txt", "b/1.txt", "a.txt", ".hidden/x.txt", "b/.x", "c.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    names = [file.name for file in find(str(tmp_path))]
+    assert names == ["a.txt", "b/1.txt", "b/2.txt", "c.md"]
+    assert [file.name for file in find(f"{tmp_path}/**/*.txt")] == names[:3]
+    assert [file.name for file in find(f"{tmp_path}/b")] == ["1.txt", "2.txt"]
+    assert [(f.name, f.size) for f in find(f"{tmp_path}/b/1.txt")] == [("1.txt", 7)]
+    for path, message in [
+        ("", "is empty"),
+        (f"{tmp_path}/z", "nothing at"),
+        (f"{tmp_path}/*.z", "no files"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            find(path)
+
+
+def test_format_by_suffix():
+    names = {
+        "a.txt": Text,
+        "a.JSONL": Jsonl,
+        "b.jsonl.gz": Jsonl,
+        "c.ndjson.zst": Jsonl,
+        "d.parquet": Parquet,
+        "e.csv.bz2": Csv,
+        "f.htm": Html,
+        "CC-1.warc.gz": Warc,
+        "g.eml": Email,
+        "h.pdf": Pdf,
+    }
+    source = Source(path="x")
+    assert {name: type(source.format_of(name)) for name in names} == names
+    assert source.format_of("README") is None
+    assert Source(path="x", format="email").format_of("README") == Email()
+    form = Jsonl(text="body")
+    assert Source(path="x", format=form).format_of("a.txt") is form
+
+
+def test_a_file_that_is_gone_is_counted(tmp_path):
+    from lmjax.prepare.shelf import Shelf
+    from lmjax.prepare.tasks import Read
+
+    gone = File(path=str(tmp_path / "gone.txt"), name="gone.txt", size=1, version="")
+    here = find(str(put(tmp_path, "here.txt", "x")))[0]
+    odd = find(str(put(tmp_path, "here.odd", "x")))[0]
+    task = Read(
+        number=0,
+        source="s",
+        pieces=[(Piece(file=gone), Text()), (Piece(file=here), Text()), (Piece(file=odd), None)],
+        shelf=Shelf(str(tmp_path / "out"), "key"),
+    )
+    outcome = task.run().outcomes["read"]
+    assert (outcome["kept"], outcome["rows"]) == (1, 3)
+    assert sorted(outcome["quarantined"]) == [
+        "cannot be read: No such file or directory",
+        "of no known format: set the source's format",
+    ]
