@@ -1,6 +1,6 @@
 """Web text from raw files to tokens: clean, filtered, anonymised, deduplicated, split, tokenised.
 
-The rules are Gopher's, C4's and FineWeb's; near-duplicates have a Jaccard index of 0.8 or more.
+The rules are Gopher's, FineWeb's, and C4's but for that lines must end as sentences do; near-duplicates have a Jaccard index of 0.8 or more.
 
 Command:  python -m lmjax.prepare --config=configs/prepare/web.py --workdir=OUT
               --config.sources.web.path=s3://bucket/crawl
@@ -44,7 +44,7 @@ def get_config():
             "language": call(Language, languages=("en",), min_score=0.65),
             "gopher": call(GopherQuality),
             "repetition": call(Repetition),
-            "c4": call(C4, min_sentences=None, drop_pages_with=("lorem ipsum",)),
+            "c4": call(C4, terminal=(), min_sentences=None, drop_pages_with=("lorem ipsum",)),
             "fineweb": call(FineWeb),
             "anonymise": call(Anonymise),
             "lines": call(Exact, unit="line"),

@@ -93,7 +93,7 @@ class Anonymise:
         (of the United States), "ip", "phone".
       regions: countries (ISO 3166) whose telephone numbers are known without a "+"; one of digits
         alone counts only after a word like "call".
-      private_ips: replaces addresses too that lead nowhere from outside: 127.0.0.1, 192.168.x.x.
+      private_ips: replaces addresses too that lead nowhere from outside: private, loopback.
     """
 
     kinds: Sequence[str] = ("secret", "email", "iban", "card", "ssn", "ip", "phone")

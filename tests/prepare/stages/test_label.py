@@ -62,10 +62,10 @@ class Serving(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def url():
     Serving.seen.clear()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Serving)
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Serving)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/label"
+    yield f"http://localhost:{server.server_port}/label"
     server.shutdown()
     thread.join()
     server.server_close()
@@ -145,9 +145,9 @@ def test_what_an_endpoint_fails_on_goes_to_quarantine(url):
 
 def test_no_endpoint_at_all_and_one_that_needs_a_key(url, monkeypatch):
     table = drive.records(["text"])
-    nobody = Endpoint(url="http://127.0.0.1:9", retries=1, backoff_s=0.01, timeout_s=5)
+    nobody = Endpoint(url="http://localhost:9", retries=1, backoff_s=0.01, timeout_s=5)
     result = drive.check(table, Label(name="q", labellers={"s": nobody})(table))
-    assert "127.0.0.1:9" in result.quarantined["reason"][0].as_py()
+    assert "localhost:9" in result.quarantined["reason"][0].as_py()
     for key, count in (("wrong", 0), ("right", 1)):
         monkeypatch.setenv("LABEL_KEY", key)
         asked = Endpoint(url=url, headers={"Authorization": "Bearer $LABEL_KEY"})
