@@ -1,6 +1,7 @@
 """Web text from raw files to tokens: clean, filtered, anonymised, deduplicated, split, tokenised.
 
-The rules are Gopher's, FineWeb's, and C4's but for that lines must end as sentences do; near-duplicates have a Jaccard index of 0.8 or more.
+The rules are Gopher's, FineWeb's, and C4's but for that lines must end as sentences do;
+near-duplicates have a Jaccard index of 0.8 or more.
 
 Command:  python -m lmjax.prepare --config=configs/prepare/web.py --workdir=OUT
               --config.sources.web.path=s3://bucket/crawl

@@ -10,7 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
@@ -165,7 +165,7 @@ def read_html(text: str, *, main_content: bool) -> str:
         from resiliparse.extract.html2text import extract_plain_text
     except ImportError as error:
         raise UserError("reading html needs `pip install resiliparse` (lmjax[prepare]).") from error
-    options = {"alt_texts": False, "preserve_formatting": True, "list_bullets": True}
+    options: Any = {"alt_texts": False, "preserve_formatting": True, "list_bullets": True}
     out: str = extract_plain_text(text, main_content=main_content, **options)
     if main_content and not out.strip():
         out = extract_plain_text(text, main_content=False, **options)
