@@ -92,19 +92,19 @@ def test_golden(smoke):
     )
 
 
-@by_default("moe", "shakespeare")
+@by_default("shakespeare")
 def test_one_device_equals_eight(smoke, one_device):
     run = dataclasses.replace(smoke[1], layout=Layout(data=2, fsdp=2, tensor=2))
     np.testing.assert_allclose(losses(run, devices=jax.devices()[:8]), one_device, rtol=TOLERANCE)
 
 
-@by_default("moe")
+@by_default("char")
 def test_microbatched_equals_whole(smoke, one_device):
     run = dataclasses.replace(smoke[1], microbatches=4)
     np.testing.assert_allclose(losses(run, devices=jax.devices()[:1]), one_device, rtol=TOLERANCE)
 
 
-@by_default("moe")
+@by_default("char")
 def test_compiles_for_sixteen_devices(smoke):
     """No step runs: only the compiler sees them."""
     program = compile_run(smoke[1], devices=jax.devices())

@@ -178,6 +178,7 @@ def test_the_printed_command_goes_on_to_the_end(stopped, launch):
     assert (workdir / "curves.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_workdir_of_another_run_is_left_alone(stopped, launch, corpus):
     workdir, *_ = stopped
     before = metrics_of(workdir)
@@ -208,6 +209,7 @@ def test_loss_that_is_no_number_stops_the_run(launch, corpus, tmp_path):
     assert "Then lower the learning rate" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_save_that_never_ends_does_not_keep_the_process(launch, corpus, tmp_path):
     """Nor does its thread, for which an interpreter that ends as usual would wait."""
     hanging = """

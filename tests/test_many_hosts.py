@@ -212,6 +212,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(cache,
     assert values_of(tmp_path / "run") == pytest.approx(values_of(tmp_path / "one"), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_sigterm_on_one_process_stops_both_at_the_same_step(cache, tmp_path):
     """And one process alone goes on from there, as a run that was never stopped."""
     (tmp_path / "endless.py").write_text(CONFIG)

@@ -206,6 +206,7 @@ def finding_of(draft, state, batch):
     return evaluate(draft.jaxpr, [leaf for _, leaf in leaves], names)
 
 
+@pytest.mark.slow
 def test_a_sound_step_has_no_finding():
     assert finding_of(*step_of())[1] is None
 

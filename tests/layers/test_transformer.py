@@ -54,8 +54,8 @@ def gradients_of(train=False, **changes):
     [
         {"remat": "full", "unroll": 2, "dropout": 0.2, "train": True},
         {"remat": "dots", "unroll": 3},
-        {"remat": "attention"},
-        {"remat": "offload"},
+        pytest.param({"remat": "attention"}, marks=pytest.mark.slow),
+        pytest.param({"remat": "offload"}, marks=pytest.mark.slow),
         {"remat": Tensors(keep=("up", "attention"), offload=("block", "qkv"))},
     ],
 )

@@ -164,6 +164,7 @@ def test_layouts_divide_the_devices():
     assert {s["expert"] for s in layouts(16, 1, experts=False)} == {1}
 
 
+@pytest.mark.slow
 def test_search_compiles_the_best_few(devices, monkeypatch):
     few = [dict(fsdp=4, data=2), dict(fsdp=8, data=1), dict(fsdp=1, data=8), dict(fsdp=3, data=1)]
     monkeypatch.setattr("lmjax.plan.search.layouts", lambda *sizes, **options: few)
