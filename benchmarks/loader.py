@@ -118,7 +118,7 @@ def main() -> None:
             next(late)
         resume_s = time.perf_counter() - far
         for batches in turns.values():
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()  # type: ignore[attr-defined]  # a generator, of a protocol's Iterator
         found = {
             "tokens_in_store": data.store.num_tokens,
             "filled": data.store.num_tokens / (data.num_examples * options.length),

@@ -48,7 +48,7 @@ class _Generation(jinja2.ext.Extension):
     output on piece by piece, so that the block's offset is the length of all pieces before it.
     """
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it an instance variable
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

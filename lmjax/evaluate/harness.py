@@ -22,7 +22,7 @@ from lmjax.generate.language_model import LanguageModel
 NEAR = 5  # names of tasks that an error suggests
 
 
-class HarnessLM(LM):  # type: ignore[misc, unused-ignore]
+class HarnessLM(LM):  # type: ignore[misc, unused-ignore]  # lm_eval may be absent, LM then Any
     """A model of lmjax as lm-evaluation-harness (0.4.13) calls one; see `Answering`."""
 
     def __init__(

@@ -124,7 +124,9 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, settings: Mapping[str, jax.A
             ),
         )
 
-    greedy = lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)  # noqa: E731
+    def greedy() -> jax.Array:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
     return jax.lax.cond(settings["temperature"] > 0, draw, greedy)
 
 
