@@ -10,6 +10,7 @@ Exit codes: 0; 1 where `verify` finds damage, or `diff` a difference; 2 for a ba
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -117,8 +118,9 @@ def _diff(one: str, other: str) -> bool:
     for part in ("step", "config", "data", "versions", "mesh"):
         changes = config_changes({part: a.get(part)}, {part: b.get(part)})
         lines += [field for _, field, _ in changes]
-    if a["tokenizer_sha256"] != b["tokenizer_sha256"]:
-        lines.append(f"tokenizer: {a['tokenizer_sha256'][:12]} -> {b['tokenizer_sha256'][:12]}")
+    for name in sorted({*a.get("fitted", ()), *b.get("fitted", ()), "tokenizer"}):
+        if a.get(name) != b.get(name):
+            lines.append(f"{name}: {_named(a.get(name))} -> {_named(b.get(name))}")
     equal = 0
     for path in sorted(a["arrays"].keys() | b["arrays"].keys()):
         x, y = (held["arrays"].get(path) for held in (a, b))
@@ -169,6 +171,11 @@ def _records(root: Any) -> dict[str, Mapping[str, Any]]:
         except (ValueError, KeyError, TypeError):
             continue
     return found
+
+
+def _named(text: str | None) -> str:
+    """What was fitted to the data, by its hash."""
+    return "none" if text is None else hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _kind(entry: Mapping[str, Any]) -> str:

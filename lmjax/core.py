@@ -292,6 +292,54 @@ class Encoder(TextModel, Protocol):
         ...
 
 
+@struct.dataclass
+class NetworkOutput:
+    """What a network returns: values_BC in float32, class scores or regressed values; and aux.
+
+    `aux` is as in `DecoderOutput`.
+    """
+
+    values_BC: jax.Array
+    aux: dict[str, Mean] = struct.field(default_factory=dict)
+
+
+class Network(Protocol):
+    """Any linen module from a batch to numbers per example: a classifier, a regression, ...
+
+    It takes its inputs of the batch by their names: `tokens`, `segments` and `positions` of text,
+    `features` (float32 [F]) and `categories` (int32 [K]) of a table, `images` (float32 [H, W, C]).
+    """
+
+    @property
+    def num_outputs(self) -> int:
+        """How many classes, or values."""
+        ...
+
+    def check(self, data: Dataset) -> None:
+        """Raises UserError where it cannot read that data; called before any device is used."""
+        ...
+
+    def init(self, rng: jax.Array, batch: Batch) -> Variables:
+        """Makes the variables (linen's own method)."""
+        ...
+
+    def apply(self, variables: Variables, batch: Batch, **arguments: Any) -> Any:
+        """Calls the module with these variables (linen's own method)."""
+        ...
+
+    def __call__(self, batch: Batch, *, train: bool = False) -> NetworkOutput:
+        """The values of every row."""
+        ...
+
+    def flop(self, example: Spec) -> float:
+        """FLOP of the forward pass of one example."""
+        ...
+
+    def count_params(self, params: Any) -> Mapping[str, int]:
+        """Parameters by part, as papers count them."""
+        ...
+
+
 class Tokenizer(Protocol):
     """Text to token ids and back, the same for every vocabulary."""
 
@@ -316,8 +364,8 @@ class Tokenizer(Protocol):
 class Dataset(Protocol):
     """Batches as a pure function of (seed, step): of no host, worker, device or restart.
 
-    `Text.batches(...)` yields the global batches `start`, `start + 1`, ... of which this process
-    reads the rows of shard `shard` of `num_shards`, in the order of the global batch.
+    `batches(...)` yields the global batches `start`, `start + 1`, ... of which this process reads
+    the rows of shard `shard` of `num_shards`, in the order of the global batch.
     """
 
     @property
@@ -330,18 +378,16 @@ class Dataset(Protocol):
         ...
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """What made the tokens; may have to be trained on the data first."""
+    def fitted(self) -> Mapping[str, str]:
+        """What was learned of the training data and belongs to the weights: JSON by its name.
+
+        {"tokenizer": ...} of text, {"columns": ...} of a table; kept with every checkpoint.
+        """
         ...
 
     @property
     def fingerprint(self) -> str:
         """Names what batches are made of: another one where any batch would be another."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """How many token ids there are; needs no data where the tokenizer's settings say it."""
         ...
 
     def batches(
@@ -358,6 +404,32 @@ class Dataset(Protocol):
 
     def epochs(self, num_examples: int) -> Mapping[str, float]:
         """How often `num_examples` drawn examples have gone through each source, by its name."""
+        ...
+
+
+class TextDataset(Dataset, Protocol):
+    """Batches of tokens."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What made the tokens; may have to be trained on the data first."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are; needs no data where the tokenizer's settings say it."""
+        ...
+
+
+class LabelledDataset(Dataset, Protocol):
+    """Batches of examples with `labels`: an int32 [] each, or a float32 [C] of zeros and ones.
+
+    Each has `weights` too, a float32 []: 0 for a row that only completes a batch.
+    """
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the labels, in the order of their numbers."""
         ...
 
 

@@ -252,7 +252,7 @@ def _draft(run: Run, devices: Sequence[jax.Device]) -> Draft:
 
 
 def _check(data: Dataset, saved: Mapping[str, Any], folder: Path) -> None:
-    now = {"tokenizer": data.tokenizer.to_json(), "fingerprint": data.fingerprint}
+    now = {**data.fitted, "fingerprint": data.fingerprint}
     if changed := [name for name, value in now.items() if saved.get(name, value) != value]:
         raise UserError(
             f"the {' and the '.join(changed)} of the data that the checkpoints in {folder} were "

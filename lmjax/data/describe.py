@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from lmjax.core import Batch, Dataset
+from lmjax.core import Batch, TextDataset
 from lmjax.data.origins import Origin, Range
 
 
 def describe(
-    data: Dataset, number: int, *, batch_size: int, seed: int, rows: int | None = None
+    data: TextDataset, number: int, *, batch_size: int, seed: int, rows: int | None = None
 ) -> dict[str, Any]:
     """Global batch `number` of a data set, as JSON can hold it.
 
@@ -52,7 +52,7 @@ def describe(
     }
 
 
-def read_batch(data: Dataset, number: int, *, batch_size: int, seed: int) -> Batch:
+def read_batch(data: TextDataset, number: int, *, batch_size: int, seed: int) -> Batch:
     """One global batch, all rows of it; read in this process, which changes no batch."""
     here: Any = data
     if hasattr(data, "workers"):
@@ -114,7 +114,7 @@ def spell(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"({size - len(rows)} more rows)"
 
 
-def _told(data: Dataset, arrays: Mapping[str, np.ndarray], origin: Origin) -> dict[str, Any]:
+def _told(data: TextDataset, arrays: Mapping[str, np.ndarray], origin: Origin) -> dict[str, Any]:
     """Source, pieces and padding of one row."""
     tokens = arrays["tokens"]
     pieces, free = [], np.ones(len(tokens), bool)
@@ -126,7 +126,7 @@ def _told(data: Dataset, arrays: Mapping[str, np.ndarray], origin: Origin) -> di
     return {"source": origin.source, "pieces": pieces, "padding": _ranges(free)}
 
 
-def _untold(data: Dataset, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _untold(data: TextDataset, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Likewise, of a data set that tells no origins."""
     text = data.tokenizer.decode(arrays["tokens"]) if "tokens" in arrays else ""
     return {"source": None, "pieces": None, "padding": None, "text": text}

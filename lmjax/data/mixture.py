@@ -131,6 +131,11 @@ class Mixture:
         return self.tokenizer.vocab_size
 
     @property
+    def fitted(self) -> Mapping[str, str]:
+        """The tokenizer."""
+        return {"tokenizer": self.tokenizer.to_json()}
+
+    @property
     def fingerprint(self) -> str:
         """Names what every batch is made of: sha256 of the sources' own, names and weights."""
         made_of = [

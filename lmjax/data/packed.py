@@ -122,6 +122,11 @@ class Tokens:
         """The store of this split, open."""
         return Store(find_store(self.path, self.split), self.cache_bytes)
 
+    @property
+    def fitted(self) -> Mapping[str, str]:
+        """The tokenizer."""
+        return {"tokenizer": self.tokenizer.to_json()}
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Names what every batch is made of: sha256 of the store's own and of the fields."""

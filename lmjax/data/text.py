@@ -109,6 +109,11 @@ class Text:
         return self.vocabulary.vocab_size or self.tokenizer.vocab_size
 
     @property
+    def fitted(self) -> Mapping[str, str]:
+        """The tokenizer."""
+        return {"tokenizer": self.tokenizer.to_json()}
+
+    @property
     def fingerprint(self) -> str:
         """Names what every batch is made of: sha256 of the tokens, their documents and the cut."""
         made_of = (self._windows.tokens.folder.name, self.split, self.length, self.packing)

@@ -138,7 +138,8 @@ def train(
         evaluator.check(run.task, run.data, ways=ways)
     about: dict[str, Any] = {
         "config": config or {},
-        "tokenizer": run.data.tokenizer.to_json(),
+        **run.data.fitted,
+        "fitted": sorted(run.data.fitted),
         "fingerprint": run.data.fingerprint,
     }
     _check_folder(workdir, about["config"])
@@ -160,7 +161,8 @@ def train(
         distributed.barrier()  # what made the state was compiled as well
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(json.dumps(about["config"], indent=1) + "\n")
-            (workdir / "tokenizer.json").write_text(about["tokenizer"])
+            for name in about["fitted"]:
+                (workdir / f"{name}.json").write_text(about[name])
         report = stack.enter_context(
             Report(run, program, workdir, first_step=first, quiet=quiet, clock=clock)
         )
@@ -360,12 +362,13 @@ def _start(
 
     def check(saved: Mapping[str, Any]) -> None:
         check_changes(checkpoints.directory.parent, saved["config"], about["config"])
-        if saved["tokenizer"] != about["tokenizer"]:
-            raise UserError(
-                f"the tokenizer of this run's checkpoint ({checkpoints.directory}) is another than "
-                "the one that the data gives now: the same ids would mean other text. Has the "
-                "corpus changed? Use the old corpus, or another --workdir."
-            )
+        for name in about["fitted"]:
+            if saved.get(name) != about[name]:
+                raise UserError(
+                    f"the {name} of this run's checkpoint ({checkpoints.directory}) is another "
+                    "than the data gives now: the same numbers would mean something else. Has the "
+                    "data changed? Use the old data, or another --workdir."
+                )
         if saved["fingerprint"] != about["fingerprint"]:
             raise UserError(
                 f"the data of this run's checkpoint ({checkpoints.directory}) is another than what "

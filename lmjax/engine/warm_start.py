@@ -216,8 +216,9 @@ def start(
             f"init_from: the checkpoint {stored.folder} is damaged: {error}. Give another one."
         ) from error
     log.info("start from %s, step %d:\n  %s", stored.folder, saved["step"], chosen.report())
-    if saved.get("tokenizer") not in (None, run.data.tokenizer.to_json()):
-        log.warning("its tokenizer is another than this run's: the same ids mean other text")
+    for name, text in run.data.fitted.items():
+        if saved.get(name) not in (None, text):
+            log.warning("its %s is another than this run's: the same numbers mean another", name)
     exact = {
         path: x
         for path, x in arrays.items()

@@ -42,8 +42,9 @@ class Losses:
             )
         task.check(self.data)
         self.data.check()
-        if self.data.tokenizer.to_json() != data.tokenizer.to_json():
-            raise UserError("the evaluation's data has another tokenizer than the training's.")
+        for name, text in data.fitted.items():
+            if self.data.fitted.get(name) != text:
+                raise UserError(f"the evaluation's data has another {name} than the training's.")
 
     def __call__(self, session: Session) -> Mapping[str, float | str]:
         """Numbers by the metric's name."""
@@ -57,4 +58,5 @@ class Losses:
             for name, mean in jax.device_get(session.eval_step(batch)).items():
                 total, weight = sums.get(name, (0.0, 0.0))
                 sums[name] = total + float(mean.total), weight + float(mean.weight)
-        return {name: total / weight for name, (total, weight) in sums.items()}
+        # Of what never came (a class that is not in this data) there is no mean.
+        return {name: total / weight for name, (total, weight) in sums.items() if weight}

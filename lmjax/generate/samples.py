@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
-from lmjax.core import Dataset, Decoder, Session, Task
+from lmjax.core import Decoder, Session, Task, TextDataset
 from lmjax.errors import UserError
 from lmjax.generate.decode import Decoding
 from lmjax.generate.sample import Sampling, check_run
@@ -38,7 +39,7 @@ class Samples:
         check_run(max_tokens=self.max_tokens, seeds=self.seed)
         Sampling(temperature=self.temperature, top_k=self.top_k)
 
-    def check(self, task: Task, data: Dataset, *, ways: int) -> None:
+    def check(self, task: Task, data: TextDataset, *, ways: int) -> None:
         """The prompt must be spelled in the data's vocabulary."""
         del task, ways
         try:
@@ -51,8 +52,9 @@ class Samples:
 
     def __call__(self, session: Session) -> Mapping[str, float | str]:
         """The prompt with its continuation, as `text`."""
-        tokenizer = session.data.tokenizer
-        prompt = tokenizer.encode(self.prompt) if self.prompt else _first_tokens(session.data)
+        data = cast(TextDataset, session.data)  # as `check` saw
+        tokenizer = data.tokenizer
+        prompt = tokenizer.encode(self.prompt) if self.prompt else _first_tokens(data)
         tokens = self._decoding.tokens(
             session.variables(),
             prompt,
@@ -68,7 +70,7 @@ class Samples:
         return Decoding(self.model)
 
 
-def _first_tokens(data: Dataset) -> np.ndarray:
+def _first_tokens(data: TextDataset) -> np.ndarray:
     """The beginning of the first example."""
     batches = data.batches(batch_size=1, seed=0)
     return np.asarray(next(batches)["tokens"][0, :NUM_PROMPT_TOKENS])

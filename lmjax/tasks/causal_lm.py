@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmjax.core import Batch, Dataset, Decoder, Mean, Output, Spec, Variables, Work
+from lmjax.core import Batch, Decoder, Mean, Output, Spec, TextDataset, Variables, Work
 from lmjax.errors import UserError, did_you_mean
 from lmjax.ops.losses import cross_entropy
 
@@ -47,8 +47,13 @@ class CausalLM:
                 "neither may be negative."
             )
 
-    def check(self, data: Dataset) -> None:
+    def check(self, data: TextDataset) -> None:
         """Raises UserError where the data has longer contexts or more tokens than the model."""
+        if missing := {"tokens", "targets", "weights"} - set(data.example):
+            raise UserError(
+                f"the data has no {', '.join(sorted(missing))}, which next tokens need: it has "
+                f"{', '.join(data.example)}. Use a data set of text."
+            )
         length, vocab_size = data.example["tokens"].shape[0], data.vocab_size
         if length > self.model.max_length:
             raise UserError(

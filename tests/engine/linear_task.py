@@ -61,18 +61,14 @@ class Points:
         "y": jax.ShapeDtypeStruct((), np.float32),
         "weights": jax.ShapeDtypeStruct((), np.float32),
     }
-    vocab_size = 0
     fingerprint = "points"
 
     def check(self):
         pass
 
     @property
-    def tokenizer(self):
-        return self
-
-    def to_json(self):
-        return self.tokenizer_text
+    def fitted(self):
+        return {"tokenizer": self.tokenizer_text}
 
     def batches(self, *, batch_size, seed, shard=0, num_shards=1, start=0) -> Iterator:
         step = start

@@ -221,7 +221,7 @@ def test_a_workdir_of_another_run_is_refused(tmp_path, caplog):
 
 def test_another_tokenizer_is_refused(tmp_path):
     train(make_run(steps=4), tmp_path, **ONE)
-    with pytest.raises(UserError, match="the same ids would mean other text"):
+    with pytest.raises(UserError, match="the same numbers would mean something else"):
         train(make_run(data=Points(tokenizer_text="other")), tmp_path, **ONE)
 
 

@@ -120,7 +120,7 @@ def test_a_regex_chooses_and_the_others_are_initialised(source, devices, caplog)
     jax.tree.map(np.testing.assert_array_equal, state.params, head)
     assert "2 parameters are loaded\n  2 left as initialised: head/bias, head/out" in caplog.text
     assert "2 in the checkpoint and not used: head/bias, head/out" in caplog.text
-    assert "the same ids mean other text" in caplog.text
+    assert "the same numbers mean another" in caplog.text
 
 
 def test_other_names_and_another_shape_of_the_same_size(source, devices, caplog):

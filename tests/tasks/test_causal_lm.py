@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,12 @@ class Shapes:
 
     @property
     def example(self):
-        return {"tokens": jax.ShapeDtypeStruct((self.length,), np.int32)}
+        names = ("tokens", "targets", "weights")
+        return {name: jax.ShapeDtypeStruct((self.length,), np.int32) for name in names}
+
+
+class Pictures:
+    example: ClassVar = {"images": jax.ShapeDtypeStruct((8, 8, 1), np.float32)}
 
 
 def test_data_that_the_model_cannot_read_is_refused():
@@ -114,6 +120,8 @@ def test_data_that_the_model_cannot_read_is_refused():
         task.check(Shapes(length=13, vocab_size=30))
     with pytest.raises(UserError, match=r"a token beyond the vocabulary.*at least 31"):
         task.check(Shapes(length=12, vocab_size=31))
+    with pytest.raises(UserError, match="has no targets, tokens, weights"):
+        task.check(Pictures())
     with pytest.raises(UserError, match="neither may be negative"):
         CausalLM(model=MODEL, z_loss=-1.0)
 
