@@ -135,8 +135,10 @@ def _is_one(value: Any, kind: Any) -> bool:
     protocols = [c for c in kind.__mro__ if getattr(c, "_is_protocol", False)]
     members = {m for c in protocols for m in (*vars(c), *vars(c).get("__annotations__", ()))}
     missing = object()
+    # A wrapper that gives what it has not itself from what it wraps names that so.
+    wrapped = inspect.getattr_static(value, "__wrapped__", missing)
     return all(
-        inspect.getattr_static(value, m, missing) is not missing
+        any(inspect.getattr_static(x, m, missing) is not missing for x in (value, wrapped))
         for m in members
         if not m.startswith("_")
     )

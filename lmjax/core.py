@@ -19,6 +19,9 @@ Batch = Mapping[str, Any]
 # Linen collections: "params" and, where a model has any, mutable state.
 Variables = Mapping[str, Any]
 Spec = Mapping[str, jax.ShapeDtypeStruct]  # one example, without the batch axis
+# The collection of what rows take from a training batch to the next. Its arrays have a row for each
+# of the batch's; `Task.init` makes them for one.
+CARRY = "carry"
 
 
 @struct.dataclass
@@ -98,6 +101,15 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Predicts(Protocol):
+    """A task that says something of every single row too."""
+
+    def predict(self, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+        """Arrays with a row for each of the batch's, named with their shape ("scores_BC")."""
+        ...
+
+
 @struct.dataclass
 class Unembedding:
     """The map from hidden states to logits, kept apart from them so that a loss can go in chunks.
@@ -154,7 +166,8 @@ class Decoder(TextModel, Protocol):
 
     `positions_BT` count from a document's start, `segments_BT` tell documents of a row apart: a
     token sees earlier tokens of its own segment only. With a cache, tokens are appended to what it
-    holds.
+    holds. A model that is `stateful` takes its state from a training batch to the next in the
+    collection `CARRY`, where zeros are the state before any token.
     """
 
     def apply(self, variables: Variables, tokens_BT: jax.Array, **arguments: Any) -> DecoderOutput:
@@ -469,4 +482,16 @@ class Session(Protocol):
 
         Compiled once per shape.
         """
+        ...
+
+    def predict(self, batch: Batch) -> Mapping[str, np.ndarray]:
+        """What the task says of each row of a global batch, whole, on every process.
+
+        Of a batch this process gives its rows. Compiled once per shape; raises UserError where the
+        task is none that `Predicts`.
+        """
+        ...
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Keeps a file of this name in the run's folder, in the place of an older one."""
         ...

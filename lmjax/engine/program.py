@@ -16,8 +16,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lmjax import sharding
-from lmjax.core import Batch, Mean, Output, Spec, Task, Variables
+from lmjax.core import Batch, Mean, Predicts, Spec, Task, Variables
 from lmjax.engine import distributed
+from lmjax.engine.gradient import gradient_of
 from lmjax.engine.guard import Guard
 from lmjax.engine.precision import Precision, update
 from lmjax.engine.state import TrainState, create_state
@@ -39,6 +40,7 @@ class Program:
       init: makes the state of step 0, sharded as compiled.
       train_step: (state, batch) -> (state, metrics); the given state is consumed.
       eval_step: (variables, batch) -> metrics of the loss without training; compiled per shape.
+      predict: (variables, batch) -> what the task says of each row, whole everywhere; likewise.
       put: this process's rows of a global batch -> global arrays.
       memory: the compiler's account of bytes per device, by kind; empty where it gives none.
       compiled: the step's executable, for its text and its own accounts.
@@ -49,6 +51,7 @@ class Program:
     init: Callable[[], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Mean]]]
     eval_step: Callable[[Variables, Batch], dict[str, Mean]]
+    predict: Callable[[Variables, Batch], dict[str, jax.Array]]
     put: Callable[[Batch], Batch]
     memory: Mapping[str, int]
     compiled: Any
@@ -117,7 +120,7 @@ def draft_program(
     quantize.check_device(precision.products, mesh.devices.flat[0])
     rows_split = sharding.split_batch(batch_size, microbatches, mesh)
     make = functools.partial(
-        _make_state, task, optimizer, example, trainable, seed, precision, guard
+        _make_state, task, optimizer, example, batch_size, trainable, seed, precision, guard
     )
     boxed = jax.eval_shape(make)
     shardings = sharding.shardings_of(boxed, mesh, also=[rows_split])
@@ -146,22 +149,18 @@ def draft_program(
         abstract_state, abstract_batch
     )
 
-    @functools.partial(jax.jit, out_shardings=replicated, compiler_options=options)
     def evaluate(variables: Variables, batch: Batch) -> dict[str, Mean]:
         with sharding.use(mesh, layout), products():
             output = task.loss(variables, batch, jax.random.key(0), train=False)
             return {"loss": output.loss, **output.metrics}
 
-    evaluations: dict[Any, Any] = {}
+    def predict(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+        if not isinstance(task, Predicts):
+            raise UserError(f"{type(task).__name__} says nothing of single rows (no `predict`).")
+        with sharding.use(mesh, layout), products():
+            return task.predict(variables, batch)
 
-    def eval_step(variables: Variables, batch: Batch) -> dict[str, Mean]:
-        leaves, structure = jax.tree.flatten((variables, batch))
-        shapes = structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves)
-        if shapes not in evaluations:
-            evaluations[shapes] = evaluate.lower(variables, batch).compile()
-            distributed.barrier()  # see there
-        found: dict[str, Mean] = evaluations[shapes](variables, batch)
-        return found
+    whole = functools.partial(jax.jit, out_shardings=replicated, compiler_options=options)
 
     def compile_step() -> Program:
         compiled = traced.lower().compile(compiler_options=options)
@@ -189,7 +188,8 @@ def draft_program(
                 lambda: sharding.unbox(make()), out_shardings=shardings, compiler_options=options
             ),
             train_step=train_step,
-            eval_step=eval_step,
+            eval_step=_by_shapes(whole(evaluate)),
+            predict=_by_shapes(whole(predict)),
             put=functools.partial(_put, rows),
             memory=_memory(compiled),
             compiled=compiled,
@@ -203,6 +203,21 @@ def draft_program(
         jaxpr=traced.jaxpr,
         compile=compile_step,
     )
+
+
+def _by_shapes(function: Any) -> Callable[..., Any]:
+    """A jitted function that is compiled once for each set of shapes, on all processes together."""
+    compiled: dict[Any, Any] = {}
+
+    def call(variables: Variables, batch: Batch) -> Any:
+        leaves, structure = jax.tree.flatten((variables, batch))
+        shapes = structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves)
+        if shapes not in compiled:
+            compiled[shapes] = function.lower(variables, batch).compile()
+            distributed.barrier()  # see there
+        return compiled[shapes](variables, batch)
+
+    return call
 
 
 def differences(expected: Any, given: Any) -> list[str]:
@@ -245,6 +260,7 @@ def _make_state(
     task: Task,
     optimizer: optax.GradientTransformation,
     example: Spec,
+    batch_size: int,
     trainable: str,
     seed: int,
     precision: Precision,
@@ -253,7 +269,14 @@ def _make_state(
     batch = {k: jnp.zeros((1, *v.shape), v.dtype) for k, v in example.items()}
     rng = _rngs(seed)[0]
     return create_state(
-        task, optimizer, batch, trainable=trainable, rng=rng, precision=precision, guard=guard
+        task,
+        optimizer,
+        batch,
+        batch_size=batch_size,
+        trainable=trainable,
+        rng=rng,
+        precision=precision,
+        guard=guard,
     )
 
 
@@ -269,15 +292,15 @@ def _train_step(
     batch: Batch,
 ) -> tuple[TrainState, dict[str, Mean]]:
     rng = jax.random.fold_in(_rngs(seed)[1], state.step)
-    gradient, output = _gradient(task, microbatches, shardings, state, batch, rng)
+    gradient, output = gradient_of(task, microbatches, shardings, state, batch, rng)
     params, opt_state = update(precision, optimizer, gradient, state.params, state.opt_state, rng)
     norm = optax.tree.norm(gradient)
     applied, bad, memory = guard.judge(state.guard, output.loss.value, norm)
     metrics = {"loss": output.loss, **output.metrics, "grad_norm": Mean.of(norm)}
     metrics["bad"] = Mean.of(bad.astype(jnp.float32))
-    rate = optax.tree_utils.tree_get(opt_state, "learning_rate")
-    if rate is not None:
-        metrics["learning_rate"] = Mean.of(jnp.asarray(rate))
+    rates = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
+    for i, (_, rate) in enumerate(rates):  # several, where groups of parameters have their own
+        metrics[f"learning_rate_{i + 1}" if i else "learning_rate"] = Mean.of(jnp.asarray(rate))
     updated = replace(
         state,
         params=params,
@@ -286,74 +309,6 @@ def _train_step(
     )
     kept = jax.tree.map(lambda new, old: jnp.where(applied, new, old), updated, state)
     return replace(kept, step=state.step + 1, guard=memory), metrics
-
-
-def _gradient(
-    task: Task,
-    microbatches: int,
-    shardings: TrainState,
-    state: TrainState,
-    batch: Batch,
-    rng: jax.Array,
-) -> tuple[Any, Output]:
-    """The gradient of the batch's mean loss, and the batch's summed output.
-
-    Slices sum their own gradients first, over devices that fast links join and over microbatches;
-    the slow network then carries one sum of what each device holds. (Dropout differs from slice to
-    slice, and so from the dropout of another number of slices.)
-    """
-    sums = functools.partial(_sums, task, microbatches, shardings.params, state)
-    slices = sharding.axis_size("slices")
-    if slices == 1 or state.model_state:
-        gradient, output = sums(batch, rng)
-    else:
-        rows = {k: x.reshape(slices, -1, *x.shape[1:]) for k, x in batch.items()}
-        rngs = jax.vmap(functools.partial(jax.random.fold_in, rng))(jnp.arange(slices))
-        with sharding.mapped("slices"):
-            by_slice = jax.vmap(sums, spmd_axis_name="slices")(rows, rngs)
-        gradient, output = jax.tree.map(lambda x: jnp.sum(x, axis=0), by_slice)
-    return jax.tree.map(lambda g: g / output.loss.weight, gradient), output
-
-
-def _sums(
-    task: Task, microbatches: int, shardings: Any, state: TrainState, batch: Batch, rng: jax.Array
-) -> tuple[Any, Output]:
-    """The gradient of the batch's total loss, and its output, microbatch after microbatch."""
-
-    def total(params: Any, model_state: Any, part: Batch, key: jax.Array) -> tuple[Any, Output]:
-        variables = replace(state, model_state=model_state).variables(params)
-        output = task.loss(variables, part, key, train=True)
-        return output.loss.total, output
-
-    def gradient_of(*args: Any) -> tuple[Any, Output]:
-        gradient, output = jax.grad(total, has_aux=True)(*args)
-        return jax.lax.with_sharding_constraint(gradient, shardings), output
-
-    if microbatches == 1:
-        return gradient_of(state.params, state.model_state, batch, rng)
-    # Rows i, i + m, ... make microbatch i of m: each device then cuts its own rows; none move.
-    parts = jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), dict(batch)
-    )
-
-    def accumulate(carry: tuple[Any, Output], xs: tuple[Any, Batch]) -> tuple[Any, None]:
-        index, part = xs
-        gradient, total = carry
-        key = jax.random.fold_in(rng, index)
-        more, output = gradient_of(state.params, total.model_state, part, key)
-        loss, metrics = jax.tree.map(
-            jnp.add, (total.loss, total.metrics), (output.loss, output.metrics)
-        )
-        summed = Output(loss=loss, metrics=metrics, model_state=output.model_state)
-        return (jax.tree.map(jnp.add, gradient, more), summed), None
-
-    shapes = jax.eval_shape(
-        gradient_of, state.params, state.model_state, jax.tree.map(lambda x: x[0], parts), rng
-    )
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes[0])
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
-    start = (nothing, replace(empty, model_state=state.model_state))
-    return jax.lax.scan(accumulate, start, (jnp.arange(microbatches), parts))[0]
 
 
 def _put(rows: NamedSharding, batch: Batch) -> Batch:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from lmjax.core import Task, Variables
+from lmjax.core import CARRY, Task, Variables
 from lmjax.engine.guard import Guard
 from lmjax.engine.precision import Precision, keep
 from lmjax.errors import UserError
@@ -22,8 +23,10 @@ from lmjax.sharding import Boxed
 class TrainState:
     """All that a step changes, arrays only. The step's randomness is a function of (seed, step).
 
-    `params` holds what trains, `frozen` the rest; `variables` joins them. `guard` is what tells bad
-    steps from good ones (`engine.guard`).
+    `params` holds what trains, `frozen` the rest; `variables` joins them. `model_state` is the
+    task's mutable collections; one of them, `carry`, is what rows take from a batch to the next:
+    its arrays have the batch's rows, and are split as they are. `guard` is what tells bad steps
+    from good ones (`engine.guard`).
     """
 
     step: jax.Array
@@ -34,9 +37,13 @@ class TrainState:
     guard: Mapping[str, jax.Array]
 
     def variables(self, params: Mapping[str, Any] | None = None) -> Variables:
-        """The variables that the task reads, with `params`, if given, for the trained ones."""
+        """The variables that the task reads, with `params`, if given, for the trained ones.
+
+        Without `carry`, which belongs to the rows of training.
+        """
         trained = self.params if params is None else params
-        return {"params": merge(trained, self.frozen), **self.model_state}
+        others = {name: x for name, x in self.model_state.items() if name != CARRY}
+        return {"params": merge(trained, self.frozen), **others}
 
 
 def create_state(
@@ -44,17 +51,27 @@ def create_state(
     optimizer: optax.GradientTransformation,
     batch: Mapping[str, Any],
     *,
+    batch_size: int,
     trainable: str,
     rng: jax.Array,
     precision: Precision,
     guard: Guard,
 ) -> TrainState:
-    """Initialises every part of the state; parameters (and what mirrors them) come boxed."""
+    """Initialises every part of the state; parameters (and what mirrors them) come boxed.
+
+    So does `carry`, which the task makes for the one row of `batch`, and which is then repeated for
+    `batch_size` of them.
+    """
     variables = dict(task.init(rng, batch))
+    if CARRY in variables:
+        variables[CARRY] = jax.tree.map(
+            lambda x: Boxed(jnp.repeat(x, batch_size, axis=0), ("batch",) + (None,) * (x.ndim - 1)),
+            variables[CARRY],
+        )
     params, frozen = split(variables.pop("params"), trainable)
     params, frozen, opt_state = keep(precision, optimizer, params, frozen)
     return TrainState(
-        step=jax.numpy.zeros((), "int32"),
+        step=jnp.zeros((), jnp.int32),
         params=params,
         frozen=frozen,
         model_state=variables,

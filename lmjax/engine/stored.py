@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmjax.core import CARRY
 from lmjax.engine import manifest
 from lmjax.engine.manifest import Damaged
 from lmjax.errors import UserError
@@ -147,14 +148,14 @@ class Stored:
 def variables(paths: Iterable[str]) -> dict[str, str]:
     """Which arrays of a state are the variables that inference needs: by the variable's path.
 
-    Of parameters that were averaged in training, the average.
+    Of parameters that were averaged in training, the average; what rows of training carry is none.
     """
     paths, found = list(paths), {}
     for path in paths:
         kind, _, name = path.partition("/")
         if kind in ("params", "frozen"):
             found[f"params/{name}"] = path
-        elif kind == "model_state":
+        elif kind == "model_state" and not name.startswith(f"{CARRY}/"):
             found[name] = path
     averages = [path for path in paths if f"/{AVERAGE}/" in path]
     for path in averages:

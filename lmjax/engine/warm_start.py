@@ -233,6 +233,7 @@ def start(
             task,
             run.optimizer,
             batch,
+            batch_size=run.batch_size,
             trainable=run.trainable,
             rng=jax.random.split(jax.random.key(run.seed))[0],
             precision=run.precision,

@@ -48,6 +48,9 @@ LENGTH_PENALTY = flags.DEFINE_float(
     "length_penalty", 1.0, "with --num_beams: above 0 favours long texts, below 0 short ones"
 )
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; the newest if not given")
+AVERAGE = flags.DEFINE_integer(
+    "average", 1, "take the mean of so many newest checkpoints", lower_bound=1
+)
 DRAWING = (TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED)
 
 
@@ -64,7 +67,7 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise UserError(f"unexpected arguments: {' '.join(argv[1:])}.")
         _check()
-        _speak(load(WORKDIR.value, step=STEP.value))
+        _speak(load(WORKDIR.value, step=STEP.value, average=AVERAGE.value))
     except UserError as error:
         fail(error, error.code)
     except OSError as error:  # what it prints to is closed, or the disk fails

@@ -15,7 +15,7 @@ import numpy as np
 
 from lmjax.core import EncoderDecoder, Variables
 from lmjax.errors import UserError
-from lmjax.generate.decode import Decoding, as_weights, check_prompt, grow
+from lmjax.generate.decode import Decoding, as_weights, check_prompt, grow, is_full
 from lmjax.generate.sample import check_run
 from lmjax.generate.source import check_source
 from lmjax.generate.weights import Weights
@@ -115,7 +115,7 @@ class BeamSearch:
             )
             missing = K - len(texts)  # of a vocabulary that has fewer tokens than there are beams
             texts += [()] * missing
-            if held == cache["key"].shape[3]:
+            if is_full(cache, held):
                 cache = grow(cache, self.decoding.cache_size(held + 1))
             candidates, cache = self._next(
                 weights,
@@ -197,5 +197,5 @@ class BeamSearch:
 
 
 def _rows(x: jax.Array) -> int:
-    """Which axis of an array of a cache its rows are: [B], [B, S] or [L, B, G, S, K]."""
+    """Which axis of an array of a cache its rows are: [B], [B, S] or [L, B, ...]."""
     return 0 if x.ndim < 3 else 1

@@ -113,7 +113,7 @@ class Decoding:
         for index in range(1, max_tokens + 1):
             current_B, ahead = token_B, index < max_tokens and held < context
             if ahead:  # the device goes on while this token is read
-                if held == cache["key"].shape[3]:
+                if is_full(cache, held):
                     cache = grow(cache, self.cache_size(held + 1))
                 logits_BV, cache = self._step(weights, cache, token_B)
                 token_B, seen_BV = self._draw(logits_BV, seen_BV, keys, how, np.int32(index))
@@ -158,6 +158,8 @@ class Decoding:
             own_BS = jnp.arange(size)[None] >= start_B[:, None]
             cache = {**cache, "segments": own_BS.astype(jnp.int32), "start": start_B}
             positions_BT = jnp.maximum(jnp.arange(T)[None] - start_B[:, None], 0)
+        if "end" in cache:  # a state, which padding would change
+            cache = {**cache, "end": filled}
         output = self.model.apply(variables, tokens_BT, positions_BT=positions_BT, cache=cache)
         last_B1D = jax.lax.dynamic_slice_in_dim(output.hidden_BTD, filled - 1, 1, axis=1)
         # What padding left in the cache lies behind `filled`: unseen, overwritten token by token.
@@ -260,6 +262,11 @@ def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
             raise UserError(
                 f"the prompt holds token {token}, beyond the vocabulary of {vocab_size}."
             )
+
+
+def is_full(cache: Mapping[str, Any], held: int) -> bool:
+    """Whether a cache of `held` tokens has no slot for one more; a state has no slots."""
+    return "key" in cache and held == cache["key"].shape[3]
 
 
 @functools.partial(jax.jit, static_argnames="length")

@@ -20,6 +20,7 @@ from lmjax.data.subword import SubwordTokenizer
 from lmjax.data.tokenizer import TextTokenizer, tokenizer_from_json
 from lmjax.engine.checkpoint import Checkpoints
 from lmjax.errors import UserError
+from lmjax.generate.averaged import averaged_checkpoints
 from lmjax.generate.beam import BeamSearch
 from lmjax.generate.decode import Decoding
 from lmjax.generate.sample import Settings
@@ -256,10 +257,15 @@ def _ready(variables: Variables) -> Weights:
     return Weights(variables, apart(variables) if jax.default_backend() == "cpu" else None)
 
 
-def load(workdir: str | Path, *, step: int | None = None) -> LanguageModel:
+def load(workdir: str | Path, *, step: int | None = None, average: int = 1) -> LanguageModel:
     """Reads a run's newest checkpoint (or that of `step`); needs neither its data nor its mesh.
 
-    Raises UserError where the folder holds no run, or no checkpoint of a language model.
+    Args:
+      average: take the mean of the parameters of so many newest checkpoints up to that step
+        (Vaswani et al., arXiv:1706.03762, section 6.1); the run must keep them, see
+        `Run.keep_last`.
+
+    Raises UserError where the folder holds no run, or not as many checkpoints of a language model.
     """
     config = Path(workdir) / "config.json"
     recorded = recorded_model(workdir)
@@ -275,7 +281,7 @@ def load(workdir: str | Path, *, step: int | None = None) -> LanguageModel:
     if not hasattr(model, "init_cache"):
         raise UserError(f"task.model of {config} is damaged: it gives {shown(model)}.")
     checkpoints = Checkpoints(Path(workdir) / "checkpoints")
-    step, variables, about = checkpoints.restore_for_inference(step)
+    step, variables, about = averaged_checkpoints(checkpoints, step, average)
     checkpoints.close()
     return LanguageModel(
         model=model,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lmjax.layers.linear import Linear
+from lmjax.layers.linear import Linear, Part
 from lmjax.layers.remat import named
 from lmjax.ops.attention import attention
 from lmjax.ops.matmul import activation_dtype
@@ -98,6 +98,11 @@ class Attention(nn.Module):
             init_std=self.init_std,
             dtype=self.dtype,
             kernel_init=self._qkv_init(),
+            parts=(
+                Part("query", 1, 0, R),
+                Part("key", 1, R, R + 1),
+                Part("value", 1, R + 1, R + 2),
+            ),
             name="qkv",
         )(x_BTD)
         q_BTHK = qkv_BTGRK[:, :, :, :R].reshape(B, T, G * R, K)
@@ -116,13 +121,12 @@ class Attention(nn.Module):
         if self.query_scale is not None:
             q_BTHK *= self.query_scale * math.sqrt(K)
         see = partial(
-            attention,
+            self.attend,
             causal=self.causal,
             window=window,
             windowed=windowed,
             softcap=self.softcap,
             bias_HTS=bias_HTS,
-            dtype=self.dtype,
         )
         if cache is None:
             use_dropout = train and self.dropout > 0
@@ -169,6 +173,12 @@ class Attention(nn.Module):
             name="out",
         )(named(y_BTHK, "attention"))
         return y_BTD, cache
+
+    def attend(
+        self, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, **options: Any
+    ) -> jax.Array:
+        """`ops.attention.attention` of this layer; a method, for `lmjax.adapt` to extend."""
+        return attention(q_BTHK, k_BSGK, v_BSGK, dtype=self.dtype, **options)
 
     def _qkv_init(self) -> nn.initializers.Initializer | None:
         """The initialisation of the kernel [D, G, R + 2, K] where queries start on their own."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lmjax.layers.linear import Linear
+from lmjax.layers.linear import Linear, Part
 from lmjax.layers.remat import named
 from lmjax.ops.attention import attention
 from lmjax.ops.matmul import activation_dtype
@@ -71,6 +71,7 @@ class CrossAttention(nn.Module):
             use_bias=self.use_bias,
             init_std=self.init_std if self.query_std is None else self.query_std,
             dtype=self.dtype,
+            parts=(Part("query", 0, 0, self.num_heads),),
             name="q",
         )(x_BTD)
         q_BTHK = named(shard(q_BTHK, "batch", "length", "act_heads", None), "qkv")
@@ -83,6 +84,7 @@ class CrossAttention(nn.Module):
                 use_bias=self.use_bias,
                 init_std=self.init_std,
                 dtype=self.dtype,
+                parts=(Part("key", 1, 0, 1), Part("value", 1, 1, 2)),
                 name="kv",
             )(memory_BMD)
             kv_BMG2K = named(kv_BMG2K, "qkv")

@@ -55,13 +55,14 @@ class Embed(nn.Module):
 
 
 class Unembed(nn.Module):
-    """An output layer of its own: a row for each token, and no bias.
+    """An output layer of its own: a row for each token, and a bias if asked for.
 
     The table has `vocab_size` rows, rounded up to `vocab_multiple`; the padding is never given
     probability (`Unembedding`).
 
     Args:
       softcap: see `Unembedding`.
+      use_bias: whether each row has a bias, 0 at the start.
     """
 
     vocab_size: int
@@ -70,6 +71,7 @@ class Unembed(nn.Module):
     init_std: float = 0.02
     dtype: str = "float32"
     softcap: float | None = None
+    use_bias: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -82,7 +84,10 @@ class Unembed(nn.Module):
         init = nn.initializers.normal(self.init_std)
         shape, axes = (self.num_rows, self.dim), ("vocab", "embed")
         table_VD = sharding.param(self, "table", init, shape, axes)
-        return Unembedding(table_VD, self.vocab_size, self.dtype, self.softcap)
+        bias_V = None
+        if self.use_bias:
+            bias_V = sharding.param(self, "bias", nn.initializers.zeros, shape[:1], axes[:1])
+        return Unembedding(table_VD, self.vocab_size, self.dtype, self.softcap, bias_V)
 
 
 class TokenTypes(nn.Module):

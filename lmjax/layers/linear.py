@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from flax import linen as nn
@@ -12,6 +14,42 @@ from lmjax.layers.remat import named
 from lmjax.ops.matmul import matmul, travelling_dtype
 from lmjax.ops.quantize import parts_of, products_at
 from lmjax.ops.spread import spread
+
+
+class Part(NamedTuple):
+    """Columns of a kernel that joins several products: start..stop along an axis of `features`."""
+
+    name: str
+    axis: int
+    start: int
+    stop: int
+
+
+def product(
+    x: jax.Array,
+    kernel: jax.Array,
+    axes: tuple[str | None, ...],
+    *,
+    in_dims: int = 1,
+    dtype: str = "float32",
+    path: Sequence[str] = (),
+) -> jax.Array:
+    """The contraction of the last `in_dims` axes of x with the first of the kernel, as `Linear`'s.
+
+    Args:
+      axes: names of the kernel's axes, inputs first.
+      dtype: of the operands.
+      path: of the kernel, by which `ops.quantize.products` chooses.
+    """
+    contract = partial(
+        matmul,
+        dtype=dtype,
+        in_dims=in_dims,
+        products=products_at(path),
+        parts=parts_of(axes, in_dims),
+    )
+    travelling = travelling_dtype(dtype)
+    return spread(contract, x, kernel, axes, in_dims=in_dims, dtype=travelling)
 
 
 class Linear(nn.Module):
@@ -26,6 +64,8 @@ class Linear(nn.Module):
       in_dims: how many axes of x are contracted.
       init_std: standard deviation of the normal initialisation; biases start at zero.
       kernel_init: in the place of that.
+      parts: what the columns are, where they are several products in one kernel: they make up an
+        axis of `features`, in its order. Nothing here reads them; `lmjax.adapt` tunes each.
       dtype: of the operands; accumulation is in float32.
     """
 
@@ -36,6 +76,7 @@ class Linear(nn.Module):
     init_std: float = 0.02
     dtype: str = "float32"
     kernel_init: nn.initializers.Initializer | None = None
+    parts: tuple[Part, ...] = ()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -44,15 +85,14 @@ class Linear(nn.Module):
         normal = nn.initializers.normal(self.init_std)
         init = normal if self.kernel_init is None else self.kernel_init
         kernel = sharding.param(self, "kernel", init, shape, self.axes)
-        product = partial(
-            matmul,
-            dtype=self.dtype,
+        y = product(
+            x,
+            kernel,
+            self.axes,
             in_dims=self.in_dims,
-            products=products_at((*self.path, "kernel")),
-            parts=parts_of(self.axes, self.in_dims),
+            dtype=self.dtype,
+            path=(*self.path, "kernel"),
         )
-        travelling = travelling_dtype(self.dtype)
-        y = spread(product, x, kernel, self.axes, in_dims=self.in_dims, dtype=travelling)
         if self.use_bias:
             axes = tuple("norm" if a == "embed" else a for a in self.axes[self.in_dims :])
             bias = sharding.param(self, "bias", nn.initializers.zeros, self.features, axes)

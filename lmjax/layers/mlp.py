@@ -57,9 +57,10 @@ class GeluMlp(nn.Module):
 
 
 class ReluMlp(nn.Module):
-    """relu(x W1) W2, without biases.
+    """relu(x W1) W2, without biases, or relu(x W1 + b1) W2 + b2.
 
-    Source: Raffel et al. (T5), arXiv:1910.10683, section 2.1.
+    Source: Raffel et al. (T5), arXiv:1910.10683, section 2.1; with biases Vaswani et al.,
+    arXiv:1706.03762, equation 2.
 
     Args:
       out_std: standard deviation of the initialisation of W2.
@@ -70,6 +71,7 @@ class ReluMlp(nn.Module):
     init_std: float = 0.02
     out_std: float = 0.02
     dtype: str = "float32"
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
@@ -77,12 +79,13 @@ class ReluMlp(nn.Module):
         h_BTF = Linear(
             features=(self.hidden,),
             axes=("embed", "mlp"),
-            use_bias=False,
+            use_bias=self.use_bias,
             init_std=self.init_std,
             dtype=self.dtype,
             name="up",
         )(x_BTD)
-        return _down(self, jax.nn.relu(shard(h_BTF, "batch", "length", "act_mlp"))), {}
+        h_BTF = jax.nn.relu(shard(h_BTF, "batch", "length", "act_mlp"))
+        return _down(self, h_BTF, use_bias=self.use_bias), {}
 
     def flop_per_token(self) -> float:
         """FLOP of one token's forward pass."""
@@ -158,12 +161,12 @@ def _gate_and_up(mlp: SwiGlu | GeGlu, x_BTD: jax.Array) -> tuple[jax.Array, jax.
     return gate_BTF, shard(up_BTF, "batch", "length", "act_mlp")
 
 
-def _down(mlp: SwiGlu | GeGlu | ReluMlp, h_BTF: jax.Array) -> jax.Array:
+def _down(mlp: SwiGlu | GeGlu | ReluMlp, h_BTF: jax.Array, *, use_bias: bool = False) -> jax.Array:
     """The product out of the hidden units, likewise."""
     return Linear(
         features=(mlp.dim,),
         axes=("mlp", "embed"),
-        use_bias=False,
+        use_bias=use_bias,
         init_std=mlp.out_std,
         dtype=mlp.dtype,
         name="down",

@@ -217,9 +217,15 @@ class Stack(nn.Module):
             return x, aux
 
         def axes() -> Any:
-            boxed = jax.eval_shape(partial(template.init, train=False), jax.random.key(0), x_BTD)
+            def init(x: jax.Array) -> Any:
+                rngs = {"params": jax.random.key(0)}
+                scope = Scope({}, rngs=rngs, mutable=True, name=path[-1], path=path)
+                template.clone(parent=scope)(x, train=False)
+                return scope.mutable_variables()["params"]
+
+            boxed = jax.eval_shape(init, x_BTD)
             return jax.tree.map(
-                lambda x: x.axes, boxed["params"], is_leaf=lambda x: isinstance(x, sharding.Boxed)
+                lambda x: x.axes, boxed, is_leaf=lambda x: isinstance(x, sharding.Boxed)
             )
 
         policy = rule(self.remat)

@@ -15,7 +15,7 @@ from lmjax.core import DecoderOutput, Mean
 from lmjax.errors import UserError
 from lmjax.layers.attention import Attention
 from lmjax.layers.cross_attention import CrossAttention
-from lmjax.layers.embed import Embed, LearnedPositions, Unembed
+from lmjax.layers.embed import Embed, Unembed
 from lmjax.layers.relative import RelativeBias
 from lmjax.layers.transformer import Stack
 from lmjax.ops.dropout import dropout
@@ -35,13 +35,14 @@ class EncoderDecoderLM(nn.Module):
       start_id: the token before a target's first.
       hidden_scale: factor of the hidden states of which logits are made.
       dropout: rate on embeddings and on what each stack returns.
+      returned_dropout: on the latter; as `dropout` where not given.
     """
 
     embed: Embed
     encoder: Stack
     decoder: Stack
     max_length: int
-    positions: LearnedPositions | None = None
+    positions: nn.Module | None = None
     encoder_norm: nn.Module | None = None
     norm: nn.Module | None = None
     encoder_bias: RelativeBias | None = None
@@ -50,6 +51,7 @@ class EncoderDecoderLM(nn.Module):
     start_id: int = 0
     hidden_scale: float = 1.0
     dropout: float = 0.0
+    returned_dropout: float | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -161,15 +163,16 @@ class EncoderDecoderLM(nn.Module):
         if self.positions is not None:
             index_BT = (start + jnp.arange(T))[None] if positions_BT is None else positions_BT
             x_BTD += jnp.broadcast_to(self.positions(index_BT), x_BTD.shape)
-        return shard(self._dropped(x_BTD, train), "batch", "residual", "act_embed")
+        return shard(self._dropped(x_BTD, self.dropout, train), "batch", "residual", "act_embed")
 
     def _returned(self, x_BTD: jax.Array, norm: nn.Module | None, train: bool) -> jax.Array:
-        return self._dropped(x_BTD if norm is None else norm(x_BTD), train)
+        rate = self.dropout if self.returned_dropout is None else self.returned_dropout
+        return self._dropped(x_BTD if norm is None else norm(x_BTD), rate, train)
 
-    def _dropped(self, x_BTD: jax.Array, train: bool) -> jax.Array:
-        if not train or self.dropout == 0:
+    def _dropped(self, x_BTD: jax.Array, rate: float, train: bool) -> jax.Array:
+        if not train or rate == 0:
             return x_BTD
-        return dropout(x_BTD, self.dropout, self.make_rng("dropout"))
+        return dropout(x_BTD, rate, self.make_rng("dropout"))
 
     def init_cache(self, batch_size: int, length: int, *, source_length: int) -> Any:
         """An empty cache for `length` tokens of targets and `source_length` of sources."""

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from lmjax.errors import UserError, did_you_mean
+
+Activation = Literal["sigmoid", "relu", "tanh", "gelu", "swiglu"]
 
 _SLOPE = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
@@ -111,3 +117,22 @@ def _swiglu_bwd(
 
 
 _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def activation(name: Activation) -> Callable[[jax.Array], jax.Array]:
+    """The nonlinearity of this name; "swiglu", of the gate alone, is silu: see `layers.dense`.
+
+    GELU is in its tanh form.
+    """
+    if name not in ACTIVATIONS:
+        raise UserError(f"the activation is {name!r}." + did_you_mean(str(name), ACTIVATIONS))
+    return ACTIVATIONS[name]
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "sigmoid": jax.nn.sigmoid,
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+    "gelu": gelu,
+    "swiglu": jax.nn.silu,
+}

@@ -35,6 +35,7 @@ def attention(
     windowed: jax.Array | None = None,
     softcap: float | None = None,
     bias_HTS: jax.Array | None = None,
+    prefix: tuple[jax.Array, jax.Array] | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
     dtype: str = "float32",
@@ -52,6 +53,8 @@ def attention(
       windowed: a bool on the device, for layers in a loop: whether the window holds.
       softcap: scores s become softcap * tanh(s / softcap) before the softmax.
       bias_HTS: float32, is added to all rows' scores, after the soft-cap.
+      prefix: further keys and values, [P, G, K] each, that all queries of all rows see, whatever
+        their positions and segments; without bias.
       q_offset: index among the keys of the first query, a scalar or one per row; in decoding, how
         many tokens the cache held before these. Slots after the last query are thus unseen.
       segments_q_BT, segments_kv_BS: a query sees keys of its own segment only; give both. The
@@ -77,12 +80,12 @@ def attention(
     out_dtype, operand = activation_dtype(dtype), jnp.dtype(dtype)
     aligned = isinstance(q_offset, int) and q_offset == 0
     if implementation == "auto":
-        plain = aligned and bias_HTS is None
+        plain = aligned and bias_HTS is None and prefix is None
         implementation = _choose(q_BTHK, k_BSGK, plain, dropout_rate, softcap, dtype)
     q, k, v = q_BTHK, k_BSGK, v_BSGK
     if implementation in ("cudnn", "splash", "ring"):
-        if bias_HTS is not None:
-            raise ValueError(f"{implementation} attention knows no bias: use 'auto'")
+        if bias_HTS is not None or prefix is not None:
+            raise ValueError(f"{implementation} attention knows no bias and no prefix: use 'auto'")
         _check_kernel(implementation, q, k, aligned, dropout_rate, softcap)
         segments = _segments(q, k, segments_q_BT, segments_kv_BS, kv_length)
         if implementation == "ring":
@@ -121,6 +124,12 @@ def attention(
     if segments_q_BT is not None and segments_kv_BS is not None:
         segments = segments_q_BT, segments_kv_BS
     mask_BTS = _mask(q, k, causal, segments, q_offset, kv_length, window, windowed)
+    if prefix is not None:
+        first = ((0, 0), (0, 0), (prefix[0].shape[0], 0))
+        mask_BTS = None if mask_BTS is None else jnp.pad(mask_BTS, first, constant_values=True)
+        bias_HTS = None if bias_HTS is None else jnp.pad(bias_HTS, first)
+        k, v = (_after(one_PGK, x) for one_PGK, x in zip(prefix, (k, v), strict=True))
+        aligned = False
     keep_BHTS, keep_scale = None, 1.0
     if dropout_rate:
         shape = (q.shape[0], H, q.shape[1], k.shape[1])
@@ -154,6 +163,13 @@ def attention(
     if sharding.axis_size("context") == 1 and _divides(q, k):
         return sharding.per_device(local, names, _QUERIES)(*given)
     return local(*given)
+
+
+def _after(prefix_PGK: jax.Array, x_BSGK: jax.Array) -> jax.Array:
+    """Keys or values behind those of a prefix, which is the same for all rows."""
+    shape = (x_BSGK.shape[0], *prefix_PGK.shape)
+    rows_BPGK = jnp.broadcast_to(prefix_PGK.astype(x_BSGK.dtype)[None], shape)
+    return jnp.concatenate([rows_BPGK, x_BSGK], axis=1)
 
 
 # Rows and heads are independent: each device has its own, and all of the sequence.

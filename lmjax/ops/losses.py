@@ -43,12 +43,16 @@ def cross_entropy(
     *,
     vocab_chunk: int = 0,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood of each target in nats, and the z-loss of each: (nll_BT, z_BT), fp32.
+    """Negative log-likelihood of each target in nats, and what is descended beside it, both fp32.
 
-    Source: z_BT is z_loss * logsumexp(logits)^2 of PaLM, arXiv:2204.02311, section 5. With
-    `vocab_chunk` > 0 about that many logits a token are held, forward or backward, at the cost
-    of one more product; the online logsumexp is Milakov & Gimelshein, arXiv:1805.02867.
+    Source: of (nll_BT, extra_BT) the second is z_loss * logsumexp(logits)^2 of PaLM,
+    arXiv:2204.02311, section 5, plus label_smoothing * (the target's logit - the mean logit): the
+    sum of both is then the cross-entropy with (1 - e) of the target and e of all tokens alike,
+    Szegedy et al., arXiv:1512.00567, section 7. With `vocab_chunk` > 0 about that many logits a
+    token are held, forward or backward, at the cost of one more product; the online logsumexp is
+    Milakov & Gimelshein, arXiv:1805.02867.
     """
     if vocab_chunk < 0:
         raise ValueError(f"vocab_chunk is {vocab_chunk}; it must be 0 (no chunks) or positive")
@@ -59,7 +63,14 @@ def cross_entropy(
     num_chunks = -(-num_rows // vocab_chunk) if vocab_chunk else 1
     loss = _loss_whole if num_chunks == 1 else partial(_loss_chunked, num_chunks)
     operand = jnp.dtype(unembedding.dtype)
-    static = _Static(unembedding.vocab_size, operand, z_loss, tuple(columns), unembedding.softcap)
+    static = _Static(
+        unembedding.vocab_size,
+        operand,
+        z_loss,
+        tuple(columns),
+        unembedding.softcap,
+        label_smoothing,
+    )
 
     def local(
         hidden_BTD: jax.Array,
@@ -95,6 +106,7 @@ class _Static(NamedTuple):
       axes: mesh axes over which the vocabulary is split; each device has its own rows of the
         weights, and what they say of a token is summed over the devices.
       softcap: bound of the logits, if they have one.
+      smoothing: of the labels.
     """
 
     vocab_size: int
@@ -102,6 +114,7 @@ class _Static(NamedTuple):
     z_loss: float = 0.0
     axes: tuple[str, ...] = ()
     softcap: float | None = None
+    smoothing: float = 0.0
 
     def sum(self, x: Any) -> Any:
         """The sum over all parts of the vocabulary."""
@@ -174,22 +187,33 @@ def _label_logits(
     return logits_BT
 
 
-def _coefficients(static: _Static, grads: Losses, lse_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(a, b) such that the gradient of the logits is a * (softmax - onehot) + b * onehot."""
-    nll_grad, z_grad = static.sum(grads)  # each device is given its share of the whole
-    b = 2 * static.z_loss * lse_BT * z_grad
-    return (nll_grad + b)[..., None], b[..., None]
+def _extra(
+    static: _Static, lse_BT: jax.Array, label_BT: jax.Array, sum_BT: jax.Array | None
+) -> jax.Array:
+    """What is descended beside the nll; `sum_BT` is of the logits, of the whole vocabulary."""
+    extra_BT = static.z_loss * jnp.square(lse_BT)
+    if sum_BT is not None:
+        extra_BT += static.smoothing * (label_BT - sum_BT / static.vocab_size)
+    return extra_BT
+
+
+def _sum_logits(static: _Static, logits_BTC: jax.Array) -> jax.Array | None:
+    """Of masked logits, if they count; padding is left out."""
+    if not static.smoothing:
+        return None
+    return jnp.sum(logits_BTC, axis=-1, where=jnp.isfinite(logits_BTC))
+
+
+def _coefficients(static: _Static, grads: Losses, lse_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """(a, b, c) of the logits' gradient a (softmax - onehot) + b onehot - c, each [B, T, 1]."""
+    nll_grad, grad = static.sum(grads)  # each device is given its share of the whole
+    of_z, smooth = 2 * static.z_loss * lse_BT * grad, static.smoothing * grad
+    return tuple(x[..., None] for x in (nll_grad + of_z, of_z + smooth, smooth / static.vocab_size))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_whole(
-    static: _Static,
-    hidden_BTD: jax.Array,
-    weights_VD: jax.Array,
-    bias_V: jax.Array | None,
-    targets_BT: jax.Array,
-) -> Losses:
-    return _forward_whole(static, hidden_BTD, weights_VD, bias_V, targets_BT)[-1]
+def _loss_whole(static: _Static, *arrays: Any) -> Losses:
+    return _forward_whole(static, *arrays)[-1]
 
 
 def _forward_whole(
@@ -205,28 +229,22 @@ def _forward_whole(
     logits_BTV = _mask_padding(static, capped_BTV, 0, 1)
     top_BT1 = static.max(jnp.max(logits_BTV, axis=-1, keepdims=True))
     label_BT = _label_logits(static, hidden_BTD, weights_VD, bias_V, targets_BT)
-    sum_BT, label_BT = static.sum((_sum_exp(logits_BTV, top_BT1), label_BT))
-    lse_BT = jnp.log(sum_BT) + top_BT1[..., 0]
-    losses = lse_BT - _cap(static, label_BT), static.z_loss * jnp.square(lse_BT)
+    sums = _sum_exp(logits_BTV, top_BT1), label_BT, _sum_logits(static, logits_BTV)
+    sum_BT, label_BT, all_BT = static.sum(sums)
+    lse_BT, label_BT = jnp.log(sum_BT) + top_BT1[..., 0], _cap(static, label_BT)
+    losses = lse_BT - label_BT, _extra(static, lse_BT, label_BT, all_BT)
     return (hidden_BTD, weights_VD), (logits_BTV, _cap_slope(static, capped_BTV)), lse_BT, losses
 
 
-def _loss_whole_fwd(
-    static: _Static,
-    hidden_BTD: jax.Array,
-    weights_VD: jax.Array,
-    bias_V: jax.Array | None,
-    targets_BT: jax.Array,
-) -> tuple[Losses, tuple[Any, ...]]:
-    operands, (logits_BTV, slope_BTV), lse_BT, losses = _forward_whole(
-        static, hidden_BTD, weights_VD, bias_V, targets_BT
-    )
+def _loss_whole_fwd(static: _Static, *arrays: Any) -> tuple[Losses, tuple[Any, ...]]:
+    *given, targets_BT = arrays
+    operands, (logits_BTV, slope_BTV), lse_BT, losses = _forward_whole(static, *arrays)
     # The gradient but for a factor per token, so that the backward is two products and no more.
     error_BTV = jnp.exp(logits_BTV - lse_BT[..., None])
     error_BTV = (error_BTV - _onehot(static, error_BTV, targets_BT, 0, 1)).astype(static.operand)
     if slope_BTV is not None:
         slope_BTV = slope_BTV.astype(static.operand)
-    like = jax.tree.map(lambda x: jnp.zeros((0,), x.dtype), (hidden_BTD, weights_VD, bias_V))
+    like = jax.tree.map(lambda x: jnp.zeros((0,), x.dtype), given)
     return losses, (*operands, targets_BT, error_BTV, slope_BTV, lse_BT, like)
 
 
@@ -237,16 +255,32 @@ def _onehot(
     return (ids == targets_BT[..., None].astype(jnp.int32)).astype(jnp.float32)
 
 
+def _taken(
+    static: _Static,
+    like_BTC: jax.Array,
+    targets_BT: jax.Array,
+    chunk: Any,
+    num: int,
+    b: Any,
+    c: Any,
+) -> jax.Array:
+    """b * onehot + c, the latter for tokens and not for padding."""
+    found = b * _onehot(static, like_BTC, targets_BT, chunk, num)
+    if not static.smoothing:
+        return found
+    return found + jnp.where(_ids(static, like_BTC, chunk, num) < static.vocab_size, c, 0.0)
+
+
 def _loss_whole_bwd(
     static: _Static, residuals: tuple[Any, ...], grads: Losses
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, None]:
     operand = static.operand
     hidden_BTD, weights_VD, targets_BT, error_BTV, slope_BTV, lse_BT, like = residuals
     like_hidden, like_weights, like_bias = like
-    a, b = _coefficients(static, grads, lse_BT)
-    if static.z_loss:
-        onehot_BTV = _onehot(static, error_BTV, targets_BT, 0, 1)
-        error_BTV = (a * error_BTV.astype(jnp.float32) + b * onehot_BTV).astype(operand)
+    a, b, c = _coefficients(static, grads, lse_BT)
+    if static.z_loss or static.smoothing:
+        taken_BTV = _taken(static, error_BTV, targets_BT, 0, 1, -b, c)
+        error_BTV = (a * error_BTV.astype(jnp.float32) - taken_BTV).astype(operand)
         a = jnp.ones_like(a)
     if slope_BTV is not None:
         error_BTV = error_BTV * slope_BTV
@@ -263,15 +297,8 @@ _loss_whole.defvjp(_loss_whole_fwd, _loss_whole_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss_chunked(
-    num_chunks: int,
-    static: _Static,
-    hidden_BTD: jax.Array,
-    weights_VD: jax.Array,
-    bias_V: jax.Array | None,
-    targets_BT: jax.Array,
-) -> Losses:
-    return _loss_chunked_fwd(num_chunks, static, hidden_BTD, weights_VD, bias_V, targets_BT)[0]
+def _loss_chunked(num_chunks: int, static: _Static, *arrays: Any) -> Losses:
+    return _loss_chunked_fwd(num_chunks, static, *arrays)[0]
 
 
 def _split(
@@ -316,21 +343,23 @@ def _loss_chunked_fwd(
 
     def add_chunk(
         carry: tuple[jax.Array, jax.Array], chunk: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
         top_BT, sum_BT = carry
         _, logits_BTC, _ = _chunk_logits(static, low_BTD, weights_CND, bias_CN, chunk)
         new_top_BT = jnp.maximum(top_BT, jnp.max(logits_BTC, axis=-1))
         sum_BT = sum_BT * jnp.exp(top_BT - new_top_BT)
         sum_BT = sum_BT + _sum_exp(logits_BTC, new_top_BT[..., None])
-        return (new_top_BT, sum_BT), None
+        return (new_top_BT, sum_BT), _sum_logits(static, logits_BTC)
 
     start = jnp.full(targets_BT.shape, _VERY_NEGATIVE), jnp.zeros(targets_BT.shape)
-    (top_BT, sum_BT), _ = lax.scan(add_chunk, start, jnp.arange(num_chunks))
+    (top_BT, sum_BT), all_NBT = lax.scan(add_chunk, start, jnp.arange(num_chunks))
     all_top_BT = static.max(top_BT)
     label_BT = _label_logits(static, low_BTD, weights_VD, bias_V, targets_BT)
-    sum_BT, label_BT = static.sum((sum_BT * jnp.exp(top_BT - all_top_BT), label_BT))
-    lse_BT = jnp.log(sum_BT) + all_top_BT
-    losses = lse_BT - _cap(static, label_BT), static.z_loss * jnp.square(lse_BT)
+    all_BT = None if all_NBT is None else jnp.sum(all_NBT, axis=0)
+    sums = sum_BT * jnp.exp(top_BT - all_top_BT), label_BT, all_BT
+    sum_BT, label_BT, all_BT = static.sum(sums)
+    lse_BT, label_BT = jnp.log(sum_BT) + all_top_BT, _cap(static, label_BT)
+    losses = lse_BT - label_BT, _extra(static, lse_BT, label_BT, all_BT)
     return losses, (hidden_BTD, weights_VD, bias_V, targets_BT, lse_BT)
 
 
@@ -340,7 +369,7 @@ def _loss_chunked_bwd(
     hidden_BTD, weights_VD, bias_V, targets_BT, lse_BT = residuals
     low_BTD = hidden_BTD.astype(static.operand)
     weights_CND, bias_CN = _split(weights_VD, bias_V, num_chunks)
-    a, b = _coefficients(static, grads, lse_BT)
+    a, b, c = _coefficients(static, grads, lse_BT)
 
     def add_chunk(
         dhidden_BTD: jax.Array, chunk: jax.Array
@@ -348,8 +377,8 @@ def _loss_chunked_bwd(
         weights_CD, logits_BTC, slope_BTC = _chunk_logits(
             static, low_BTD, weights_CND, bias_CN, chunk
         )
-        error_BTC = a * jnp.exp(logits_BTC - lse_BT[..., None])
-        error_BTC = error_BTC + (b - a) * _onehot(static, logits_BTC, targets_BT, chunk, num_chunks)
+        taken_BTC = _taken(static, logits_BTC, targets_BT, chunk, num_chunks, a - b, c)
+        error_BTC = a * jnp.exp(logits_BTC - lse_BT[..., None]) - taken_BTC
         if slope_BTC is not None:
             error_BTC = error_BTC * slope_BTC
         dbias_C = None if bias_CN is None else jnp.sum(error_BTC, (0, 1))

@@ -80,6 +80,20 @@ def inverse_sqrt(*, peak: float, warmup_steps: int) -> optax.Schedule:
     )
 
 
+def noam(*, dim: int, warmup_steps: int, scale: float = 1.0) -> optax.Schedule:
+    """scale * dim^-0.5 * min(step^-0.5, step * warmup_steps^-1.5), steps counted from 1.
+
+    Source: Vaswani et al., arXiv:1706.03762, equation 3, where the scale is 1: `inverse_sqrt` whose
+    peak is scale / sqrt(dim * warmup_steps).
+
+    Args:
+      dim: the model's width.
+    """
+    if dim < 1 or warmup_steps < 1:
+        raise UserError(f"dim is {dim} and warmup_steps {warmup_steps}: give at least 1 of both.")
+    return inverse_sqrt(peak=scale * (dim * warmup_steps) ** -0.5, warmup_steps=warmup_steps)
+
+
 def _warmed(schedule: optax.Schedule, peak: float, warmup_steps: int) -> optax.Schedule:
     def rate(step: jax.Array) -> jax.Array:
         warm = peak * (step + 1) / max(warmup_steps, 1)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jax.interpreters.partial_eval import dce_jaxpr
+
 FORWARD, BACKWARD, RECOMPUTED = "forward", "backward", "recomputed"
 _SCAFFOLD = {
     "rematted_computation", "checkpoint", "block", "blocks", "block.body", "while", "body",
@@ -18,12 +20,15 @@ def executed(jaxpr: Any) -> dict[str, dict[str, float]]:
     """FLOP of all devices in one step: part -> {forward, backward, recomputed} -> FLOP.
 
     Counts the multiply-adds of products (two each) as the program does them: attention in full
-    where it is not a kernel of its own, and what is computed again for the backward pass. The
+    where it is not a kernel of its own, and what is computed again for the backward pass, but no
+    product that nothing reads, which the compiler leaves out. The
     compiler's own count takes a loop's body once. A kernel counts by its own estimate or by its
     grid, and what it does on a condition half: the blocks that a causal mask leaves.
     """
     parts: dict[str, dict[str, float]] = {}
-    for path, flop in _products(getattr(jaxpr, "jaxpr", jaxpr), "", 1.0):
+    program = _open(jaxpr)
+    used, _ = dce_jaxpr(program, [True] * len(program.outvars), instantiate=True)
+    for path, flop in _products(used, "", 1.0):
         when = FORWARD
         if "transpose(" in path:
             when = RECOMPUTED if "rematted_computation" in path else BACKWARD

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmjax.core import Batch, Decoder, Mean, Output, Spec, TextDataset, Variables, Work
+from lmjax.core import CARRY, Batch, Decoder, Mean, Output, Spec, TextDataset, Variables, Work
 from lmjax.errors import UserError, did_you_mean
 from lmjax.ops.losses import cross_entropy
 
@@ -20,7 +20,8 @@ class CausalLM:
     """Cross-entropy of each next token, in nats, over the targets whose weight is not zero.
 
     Reads `tokens`, `targets` and `weights` of a batch, and `segments`, `positions` (packed
-    documents) and `target_bytes` (which adds the metric `bits_per_byte`) where there are any.
+    documents) and `target_bytes` (which adds the metric `bits_per_byte`) where there are any. A
+    stateful model wants `continues`: rows where it is 0 begin anew.
 
     Args:
       model: any `core.Decoder`.
@@ -66,6 +67,11 @@ class CausalLM:
                 f"{self.model.vocab_size}: a token beyond the vocabulary cannot be read. "
                 f"Set the model's vocab_size to at least {vocab_size}."
             )
+        if getattr(self.model, "stateful", False) and "continues" not in data.example:
+            raise UserError(
+                "the model is stateful, and rows of this data do not go on where those of the "
+                'batch before ended: set data.order="continued", or the model\'s stateful=False.'
+            )
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """Makes the model's variables."""
@@ -73,14 +79,21 @@ class CausalLM:
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array, *, train: bool) -> Output:
         """The loss and, where bytes are known, bits per byte."""
-        output = self.model.apply(
+        changing = [name for name in variables if train and name != "params"]
+        if CARRY in changing:
+            variables = {**variables, CARRY: _going_on(variables[CARRY], batch["continues"])}
+        output: Any = self.model.apply(
             variables,
             batch["tokens"],
             positions_BT=batch.get("positions"),
             segments_BT=batch.get("segments"),
             train=train,
             rngs={"dropout": rng} if train else None,
+            **({"mutable": changing} if changing else {}),
         )
+        model_state: Variables = {}
+        if changing:
+            output, model_state = output
         nll_BT, z_BT = cross_entropy(
             output.hidden_BTD,
             output.unembedding,
@@ -103,7 +116,7 @@ class CausalLM:
                         + did_you_mean(name, output.aux)
                     )
                 loss = Mean(loss.total + weight * output.aux[name].total, loss.weight)
-        return Output(loss=loss, metrics=metrics)
+        return Output(loss=loss, metrics=metrics, model_state=dict(model_state))
 
     def work(self, example: Spec) -> Work:
         """Three forward passes' worth: one forward, two backward."""
@@ -116,3 +129,12 @@ class CausalLM:
     def count_params(self, params: Any) -> Mapping[str, int]:
         """Parameters by part of the model."""
         return self.model.count_params(params)
+
+
+def _going_on(carry: Any, continues_B: jax.Array) -> Any:
+    """What rows carry, and zeros where they begin anew."""
+
+    def rows(x: jax.Array) -> jax.Array:
+        return jnp.where(continues_B.reshape(-1, *[1] * (x.ndim - 1)) > 0, x, 0)
+
+    return jax.tree.map(rows, carry)

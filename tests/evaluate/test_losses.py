@@ -7,8 +7,8 @@ import pytest
 
 from lmjax.data.text import Text, validation
 from lmjax.data.vocabulary import Bytes
-from lmjax.engine.loop import RunSession
 from lmjax.engine.program import compile_program
+from lmjax.engine.session import RunSession
 from lmjax.errors import UserError
 from lmjax.evaluate.losses import Losses
 from lmjax.models.gpt import gpt

@@ -218,3 +218,37 @@ def test_a_negative_chunk_is_refused() -> None:
     hidden, weights, targets, _ = _draw()
     with pytest.raises(ValueError, match="vocab_chunk"):
         cross_entropy(hidden, Unembedding(weights, VOCAB), targets, vocab_chunk=-1)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "z_loss", "softcap"), [(0, 0.0, None), (7, Z, None), (7, Z, 0.8)]
+)
+def test_label_smoothing(chunk: int, z_loss: float, softcap: float | None) -> None:
+    """nll + extra is the cross-entropy with the smoothed distribution, as it is written down."""
+    hidden, weights, targets, g = _draw()
+
+    def ours(h: jax.Array, w: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return cross_entropy(
+            h,
+            Unembedding(w, VOCAB, softcap=softcap),
+            t,
+            vocab_chunk=chunk,
+            z_loss=z_loss,
+            label_smoothing=0.2,
+        )
+
+    def naive(h: jax.Array, w: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores = jnp.einsum("btd,vd->btv", h, w[:VOCAB])
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        smooth = 0.8 * jax.nn.one_hot(t, VOCAB) + 0.2 / VOCAB
+        smoothed = -jnp.sum(smooth * jax.nn.log_softmax(scores), axis=-1)
+        nll, z = _naive(h, w, t, softcap)
+        return nll, smoothed - nll + z * (z_loss > 0)
+
+    args = hidden, weights, targets, g
+    got = jax.jit(lambda *args: _value_and_grads(ours, *args))(*args)
+    expected = jax.jit(lambda *args: _value_and_grads(naive, *args))(*args)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert np.all(np.asarray(got[3])[VOCAB:] == 0)  # padding rows learn nothing

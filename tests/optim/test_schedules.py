@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmjax.errors import UserError
-from lmjax.optim.schedules import constant, cosine, inverse_sqrt, linear, wsd
+from lmjax.optim.schedules import constant, cosine, inverse_sqrt, linear, noam, wsd
 
 SCHEDULES = {
     "constant": lambda **k: constant(peak=2.0, **k),
@@ -87,3 +87,13 @@ def test_is_float32_in_a_compiled_step(name):
 def test_values_out_of_range_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_noam_is_equation_3():
+    """As the paper writes it, steps counted from 1."""
+    rate = noam(dim=512, warmup_steps=40, scale=2.0)
+    for step in (1, 7, 40, 41, 1000):
+        expected = 2.0 * 512**-0.5 * min(step**-0.5, step * 40**-1.5)
+        assert float(rate(step - 1)) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(UserError, match="dim is 0 and warmup_steps 40"):
+        noam(dim=0, warmup_steps=40)

@@ -84,6 +84,14 @@ def test_weights_and_smoothing_are_descended_and_not_reported(batch):
     np.testing.assert_array_equal(found.metrics["loss"].value, plain.loss.value)
 
 
+def test_penalties_are_descended_and_not_reported(batch):
+    """The one parameter is 1."""
+    found = result(batch, model=Scores(3), l1=0.5, l2=0.25, penalised="scale")
+    plain = result(batch, model=Scores(3))
+    np.testing.assert_allclose(found.loss.value, plain.loss.value + 0.75, rtol=1e-6)
+    np.testing.assert_array_equal(found.metrics["loss"].value, plain.loss.value)
+
+
 def test_sigmoid_of_two_classes_by_hand(batch):
     batch = {**batch, "labels": batch["labels"] % 2}
     names = ("no", "yes")
@@ -176,7 +184,7 @@ def test_data_that_the_outputs_are_not_for_is_refused():
         Classify(model=Scores(3), classes=("b", "a", "c")).check(data)
     with pytest.raises(UserError, match="object has no labels"):
         task.check(object())
-    with pytest.raises(UserError, match="'posi', which is no class. Did you mean 'pos'"):
+    with pytest.raises(UserError, match=r"'posi', which is no class\. Did you mean 'pos'"):
         Classify(model=Scores(2), classes=("neg", "pos"), class_weights={"posi": 2.0})
     with pytest.raises(UserError, match="must be above 0"):
         Classify(model=Scores(2), classes=("neg", "pos"), class_weights={"pos": 0.0})

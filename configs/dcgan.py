@@ -1,0 +1,73 @@
+"""A DCGAN that draws handwritten digits, like scikit-learn's.
+
+Command:  python -m lmjax.train --config=configs/dcgan.py --workdir=DIR
+          (needs `pip install --no-deps scikit-learn`, whose file of digits is read); the pictures
+          that it draws are DIR/samples.png
+Hardware: 2 CPU cores
+Result:   to be measured
+"""
+
+from ml_collections import FieldReference
+
+from lmjax.config import call
+from lmjax.data.images import Images, validation
+from lmjax.engine.guard import Guard
+from lmjax.engine.precision import Precision
+from lmjax.engine.run import Run
+from lmjax.engine.watchdog import Watch
+from lmjax.evaluate.frechet import Frechet
+from lmjax.models.dcgan import discriminator, generator
+from lmjax.optim.by_path import by_path
+from lmjax.optim.presets import adamw
+from lmjax.optim.schedules import cosine
+from lmjax.sharding import Layout
+from lmjax.tasks.adversarial import Adversarial
+
+VARIANTS = {
+    "smoke": {
+        "steps": 20,
+        "batch_size": 16,
+        "data.path": "glyphs",
+        "task.generator.width": 8,
+        "task.discriminator.width": 8,
+        "evals.samples.steps": 20,
+        "evals.samples.batch_size": 64,
+    },
+}
+
+
+def get_config():
+    steps = FieldReference(3000)
+    size = FieldReference(16)
+    data = call(Images, path="digits", size=size, channels=1)
+
+    def adam():
+        schedule = call(cosine, peak=4e-4, steps=steps, warmup_steps=0, final_fraction=0.1)
+        return call(
+            adamw, learning_rate=schedule, b1=0.5, b2=0.999, weight_decay=0.0, clip_norm=None
+        )
+
+    return call(
+        Run,
+        task=call(
+            Adversarial,
+            generator=call(generator, size=size, channels=1, width=32, latent_dim=32),
+            discriminator=call(discriminator, size=size, width=32),
+        ),
+        optimizer=call(
+            by_path,
+            optimizers=[("^generator/", adam()), ("^discriminator/", adam())],
+            average=0.995,
+        ),
+        data=data,
+        steps=steps,
+        batch_size=64,
+        layout=call(Layout),
+        precision=call(Precision),
+        guard=call(Guard),
+        watch=call(Watch),
+        evals={"samples": call(Frechet, data=call(validation, of=data))},
+        eval_every=500,
+        save_every=1000,
+        log_every=50,
+    )

@@ -1,0 +1,64 @@
+"""A small ResNet that reads handwritten digits: scikit-learn's, or any folder of pictures by class.
+
+Command:  python -m lmjax.train --config=configs/digits.py --workdir=DIR
+          (needs `pip install --no-deps scikit-learn`, whose file of digits is read; pictures of
+          your own: --config.data.path=FOLDER --config.data.size=64 --config.data.channels=3)
+Hardware: 2 CPU cores
+Result:   to be measured
+"""
+
+from ml_collections import FieldReference
+
+from lmjax.config import call
+from lmjax.data.images import Images, num_classes, validation
+from lmjax.engine.guard import Guard
+from lmjax.engine.precision import Precision
+from lmjax.engine.run import Run
+from lmjax.engine.watchdog import Watch
+from lmjax.evaluate.losses import Losses
+from lmjax.models.resnet import resnet
+from lmjax.optim.presets import adamw
+from lmjax.optim.schedules import cosine
+from lmjax.sharding import Layout
+from lmjax.tasks.classify import Classify
+
+VARIANTS = {
+    "smoke": {
+        "steps": 20,
+        "batch_size": 16,
+        "data.path": "glyphs",
+        "optimizer.learning_rate.warmup_steps": 2,
+        "task.model.width": 8,
+        "task.model.blocks": (1, 1),
+        "evals.valid.max_batches": 2,
+    },
+}
+
+
+def get_config():
+    steps = FieldReference(600)
+    data = call(Images, path="digits", size=8, channels=1)
+    model = call(
+        resnet,
+        depth=18,
+        num_classes=call(num_classes, of=data),
+        blocks=(1, 1, 1),
+        width=32,
+        stem="small",
+    )
+    schedule = call(cosine, peak=3e-3, steps=steps, warmup_steps=steps // 20)
+    return call(
+        Run,
+        task=call(Classify, model=model),
+        optimizer=call(adamw, learning_rate=schedule, b2=0.99),
+        data=data,
+        steps=steps,
+        batch_size=128,
+        layout=call(Layout),
+        precision=call(Precision),
+        guard=call(Guard),
+        watch=call(Watch),
+        evals={"valid": call(Losses, data=call(validation, of=data), batch_size=128)},
+        eval_every=100,
+        save_every=300,
+    )

