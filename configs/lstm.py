@@ -6,7 +6,26 @@ validation, which is read 1,024 characters at a time.
 
 Command:  python -m lmjax.train --config=configs/lstm.py --workdir=DIR
 Hardware: 2 CPU cores
-Result:   none yet.
+Result:   2.642 bits per byte (1.831 nats) over the whole last tenth of the 38 plays after 1.5 M
+          characters, in 208 cpu-seconds with evaluation (measured, on a busy machine). Beside it,
+          of the same rows, parts, steps, learning rate and text:
+
+          | model | parameters | bits per byte | cpu-seconds |
+          |---|---|---|---|
+          | this one | 818,656 | 2.642 | 208 |
+          | configs/char.py, batch_size=32, steps=750 | 812,416 | 2.485 | 219 |
+
+          The variants `short*` learn 16,000 characters by heart with 256 units (438,016 parameters,
+          1,200 steps, 77 epochs, 100 cpu-seconds each); bits per byte of 32,768 held-out ones:
+
+          | variant | dropout | at the end | at its best |
+          |---|---|---|---|
+          | short | none | 3.547 | 3.076 (step 400) |
+          | short_plain | 0.3, a mask for each token | 3.066 | 3.016 (step 800) |
+          | short_variational | 0.3, a mask for each row; words 0.05 | 2.923 | 2.923 (1,200) |
+
+          Rows begin anew every 16 parts. Where they never did (step 375, all else alike), training
+          was at 2.8 bits and validation, which begins from nothing, at 3.46.
 """
 
 from ml_collections import FieldReference

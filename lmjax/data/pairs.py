@@ -84,6 +84,7 @@ def read_pairs(
     """
     if path == NUMBERS:
         return list(_numbers()), []
+    rows: Iterator[tuple[str, tuple[str, ...] | Refused]]
     if target_path:
         rows = _aligned(path, target_path)
     else:
@@ -217,9 +218,10 @@ def _known(file: Path, name: str) -> bool:
 def _table_rows(
     file: Path, names: tuple[str, ...], delimiter: str
 ) -> Iterator[tuple[str, tuple[str, ...] | Refused]]:
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     rows = csv.reader(
-        text_of_file(file).splitlines(keepends=True), delimiter=delimiter, quoting=quoting
+        text_of_file(file).splitlines(keepends=True),
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE,
     )
     header = next(rows, [])
     if missing := [x for x in names if x not in header]:

@@ -72,6 +72,22 @@ def recurrence(
       mask_BH: factors on the hidden state where it is multiplied by the weights (the dropout of
         Gal & Ghahramani, arXiv:1512.05287). It has no gradient.
     """
+    # Traced here: what changes `product` while it is called (linen's interceptors) is over when the
+    # backward pass is traced.
+    (B, T), H = input_BTGH.shape[:2], state[0].shape[-1]
+    of_one, one = jax.closure_convert(product, weights, jnp.zeros((B, H)))
+    of_all, all_ = jax.closure_convert(product, weights, jnp.zeros((B, T, H)))
+    given = weights, one, all_
+
+    def product_one(given: Any, hidden_BH: jax.Array) -> jax.Array:
+        weights, one, _ = given
+        y: jax.Array = of_one(weights, hidden_BH, *one)
+        return y
+
+    def product_all(given: Any, hidden_BTH: jax.Array) -> jax.Array:
+        weights, _, all_ = given
+        y: jax.Array = of_all(weights, hidden_BTH, *all_)
+        return y
 
     def earlier(previous: State, keep_B: jax.Array | None) -> State:
         if keep_B is None:
@@ -81,29 +97,29 @@ def recurrence(
     def masked(hidden: jax.Array, mask: jax.Array | None) -> jax.Array:
         return hidden if mask is None else hidden * mask
 
-    def forward(weights: Any, input_TBGH: Any, state: State, keep_TB: Any, mask_BH: Any) -> Any:
+    def forward(given: Any, input_TBGH: Any, state: State, keep_TB: Any, mask_BH: Any) -> Any:
         def step(previous: State, xs: Any) -> tuple[State, Any]:
             x_BGH, keep_B = xs
             known = earlier(previous, keep_B)
-            r_BGH = product(weights, masked(known[0], mask_BH))
+            r_BGH = product_one(given, masked(known[0], mask_BH))
             new = cell(x_BGH, r_BGH, known)
             return new, (new, known, r_BGH)
 
         _, (states, known, r_TBGH) = lax.scan(step, state, (input_TBGH, keep_TB))
-        return states, (weights, input_TBGH, known, r_TBGH, keep_TB, mask_BH)
+        return states, (given, input_TBGH, known, r_TBGH, keep_TB, mask_BH)
 
     @jax.custom_vjp
     def run(*args: Any) -> Any:
         return forward(*args)[0]
 
     def backward(residuals: Any, d_states: Any) -> Any:
-        weights, input_TBGH, known, r_TBGH, keep_TB, mask_BH = residuals
+        given, input_TBGH, known, r_TBGH, keep_TB, mask_BH = residuals
 
         def step(d_later: State, xs: Any) -> tuple[State, Any]:
             x_BGH, r_BGH, known, keep_B, d_here = xs
             d_new = tuple(map(jnp.add, d_later, d_here))
             dx_BGH, dr_BGH, d_known = jax.vjp(cell, x_BGH, r_BGH, known)[1](d_new)
-            pull = jax.vjp(lambda h: product(weights, masked(h, mask_BH)), known[0])[1]
+            pull = jax.vjp(lambda h: product_one(given, masked(h, mask_BH)), known[0])[1]
             d_known = (d_known[0] + pull(dr_BGH)[0], *d_known[1:])
             return earlier(d_known, keep_B), (dx_BGH, dr_BGH)
 
@@ -112,13 +128,13 @@ def recurrence(
         d_state, (dx_TBGH, dr_TBGH) = lax.scan(step, nothing, xs, reverse=True)
         hidden_BTH = jnp.swapaxes(known[0], 0, 1)
         hidden_BTH = masked(hidden_BTH, None if mask_BH is None else mask_BH[:, None])
-        pull = jax.vjp(lambda w: product(w, hidden_BTH), weights)[1]
-        (d_weights,) = pull(jnp.swapaxes(dr_TBGH, 0, 1))
-        return d_weights, dx_TBGH, d_state, None, None
+        pull = jax.vjp(lambda given: product_all(given, hidden_BTH), given)[1]
+        (d_given,) = pull(jnp.swapaxes(dr_TBGH, 0, 1))
+        return d_given, dx_TBGH, d_state, None, None
 
     run.defvjp(forward, backward)
     keep_TB = None if keep_BT is None else keep_BT.T
-    states: Any = run(weights, jnp.swapaxes(input_BTGH, 0, 1), state, keep_TB, mask_BH)
+    states: Any = run(given, jnp.swapaxes(input_BTGH, 0, 1), state, keep_TB, mask_BH)
     return tuple(jnp.swapaxes(s, 0, 1) for s in states)
 
 

@@ -8,7 +8,8 @@ import pickle
 import numpy as np
 import pytest
 
-from lmjax.data.parallel import Parallel, rows_of, validation
+from lmjax.data.pair_rows import rows_of
+from lmjax.data.parallel import Parallel, validation
 from lmjax.data.vocabulary import Bytes
 from lmjax.errors import UserError
 

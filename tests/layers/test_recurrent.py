@@ -1,11 +1,13 @@
 """Recurrent layers against torch, against a loop in numpy, and on every mesh."""
 
+import contextlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from lmjax import sharding
 from lmjax.errors import UserError
@@ -208,6 +210,29 @@ def recovered_mask(layer, params, rngs):
     y = jax.jit(lambda: layer.apply({"params": shown}, x, state=state, train=True, rngs=rngs)[0])()
     mask = jnp.arctanh(jnp.arctanh(y[:, 0])) / 0.01
     return jnp.where(jnp.abs(mask) < 1e-3, 0.0, mask)
+
+
+def test_what_intercepts_the_product_is_in_the_backward_pass_too():
+    """An interceptor is gone when that is traced: a doubled product is a doubled kernel."""
+    layer = Recurrent(units=4)
+    x = np.random.default_rng(0).standard_normal((2, 5, 3)).astype("f4")
+    params = made(layer, x)
+
+    def doubled(run, args, kwargs, context):
+        y = run(*args, **kwargs)
+        return 2 * y if context.module.name == "recurrent" else y
+
+    def total(params, x, intercepted):
+        with nn.intercept_methods(doubled) if intercepted else contextlib.nullcontext():
+            return jnp.sum(jnp.square(layer.apply({"params": params}, x)[0]))
+
+    found = jax.jit(jax.grad(lambda p, x: total(p, x, True), (0, 1)))(params, x)
+    twice = {**params, "recurrent": {"kernel": 2 * params["recurrent"]["kernel"]}}
+    expected, dx = jax.jit(jax.grad(lambda p, x: total(p, x, False), (0, 1)))(twice, x)
+    expected["recurrent"]["kernel"] *= 2
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, (expected, dx)
+    )
 
 
 @pytest.mark.slow

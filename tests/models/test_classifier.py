@@ -141,7 +141,7 @@ def test_the_encoder_starts_from_an_imported_folder(tmp_path):
         "scores/bias",
     }
     for path, x in found.items():
-        wanted = stored.get(f"params/{path.removeprefix('encoder/')}")
+        wanted = stored.get(path.removeprefix("encoder/"))
         np.testing.assert_array_equal(x, fresh[path] if wanted is None else wanted, err_msg=path)
         assert (wanted is None) == path.startswith("scores/")
 

@@ -112,7 +112,8 @@ def greedy(model, variables, prompt, count):
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize("kind", ["lstm", pytest.param("gru", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_decoding_with_a_state_equals_the_whole_text_again(kind):
     """Prompts of unequal lengths, beyond the first bucket."""
     model = lstm(**SMALL, kind=kind, tied=False, stateful=True)
