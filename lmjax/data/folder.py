@@ -158,6 +158,10 @@ class Folder:
                     self._store[0].put_file(str(made), self._inside(name))
             else:
                 made.rename(path)
+        except OSError as error:  # of a full disk, which tells no name
+            if error.errno is not None and error.filename is None:
+                error.filename = str(path)
+            raise
         finally:
             made.unlink(missing_ok=True)
 

@@ -59,6 +59,11 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{CONFIG.value}: get_config() must return call(Prepare, ...).")
         if not WORKDIR.value:
             raise UserError("--workdir is not given: name a folder for the results.")
+        if WORKDIR.value.startswith("hf://"):  # each file would be a commit
+            raise UserError(
+                f"--workdir is {WORKDIR.value!r}: Hugging Face is read, not written. Give a folder, "
+                "s3://bucket/folder or gs://bucket/folder."
+            )
         out = Folder(WORKDIR.value)
         if not out.is_remote:
             out = Folder(os.path.abspath(os.path.expanduser(WORKDIR.value)))

@@ -49,8 +49,10 @@ def alone(folder: Folder) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:  # a system without such locks
             pass
-        except OSError as error:
+        except BlockingIOError as error:
             raise _taken(folder) from error
+        except OSError as error:  # a disk without them, as of some networks
+            log.warning("%s cannot be locked (%s): start no second run there", path, error)
         for file in path.rglob(".*.tmp"):
             if file.is_dir():
                 shutil.rmtree(file, ignore_errors=True)

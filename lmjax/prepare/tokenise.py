@@ -156,6 +156,7 @@ class Tokenise:
                 f"is {self.sample_fraction}. Raise it, or give records."
             )
         texts = [data.decode() for _, _, data in sorted(kept, reverse=True)]
+        kept.clear()  # or else memory holds the sample twice while it is learned from
         return self.vocabulary.learn(texts, [])
 
     def write(

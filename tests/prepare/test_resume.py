@@ -153,7 +153,7 @@ def test_a_full_disk_ends_the_run_and_no_record(tmp_path, monkeypatch):
         try:
             run(prepare, str(out), engine=Inline())
         except (OSError, UserError) as error:
-            assert "No space left" in str(error)
+            assert "No space left" in str(error) and str(out) in str(error)
             failures += 1
             continue
         break

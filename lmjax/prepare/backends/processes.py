@@ -8,8 +8,10 @@ tables and tokenizers as much again, which engines that start them anew for each
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
+import signal
 import struct
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from contextlib import contextmanager
 from typing import IO
 
 _LENGTH = struct.Struct("<Q")
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 class Processes:
@@ -104,6 +107,8 @@ def _exactly(file: IO[bytes], size: int) -> bytes:
 def _serve() -> None:
     from lmjax.prepare.backends import run_packed
 
+    if sys.platform == "linux":  # a task that goes on where its run was killed disturbs the next
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
     # What a stage prints goes to the run's errors: the output speaks in frames.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

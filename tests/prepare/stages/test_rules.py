@@ -199,41 +199,45 @@ def broken_by(stage: object, text: str) -> list[str]:
     return sorted(name[7:] for name, count in stage(drive.records([text])).counts.items() if count)
 
 
+GOPHER_EDGES = [
+    ("min_words", "w " * 50, "w " * 49),
+    ("max_words", "w " * 100_000, "w " * 100_001),
+    ("min_mean_word_length", "aaa bb cccc", "aaa bb ccc"),
+    ("max_mean_word_length", "a" * 10, "a" * 11),
+    ("max_hash_ratio", "a " * 9 + "#", "a " * 8 + "#"),
+    ("max_ellipsis_ratio", "a " * 9 + "...", "a " * 8 + "\u2026"),
+    ("max_bullet_lines", "- a\n" * 9 + "a", "- a\n" * 10 + "a"),
+    ("max_ellipsis_lines", "a...\n" * 3 + "a\n" * 7, "a...\n" * 4 + "a\n" * 9),
+    ("min_alphabetic_words", "a a a a 1", "a a a 1"),
+    ("min_stop_words", "the of of", "the the"),
+]
+
+
 @pytest.mark.parametrize(
-    ("threshold", "inside", "outside"),
-    [
-        ("min_words", "w " * 50, "w " * 49),
-        ("max_words", "w " * 100_000, "w " * 100_001),
-        ("min_mean_word_length", "aaa bb cccc", "aaa bb ccc"),
-        ("max_mean_word_length", "a" * 10, "a" * 11),
-        ("max_hash_ratio", "a " * 9 + "#", "a " * 8 + "#"),
-        ("max_ellipsis_ratio", "a " * 9 + "...", "a " * 8 + "\u2026"),
-        ("max_bullet_lines", "- a\n" * 9 + "a", "- a\n" * 10 + "a"),
-        ("max_ellipsis_lines", "a...\n" * 3 + "a\n" * 7, "a...\n" * 4 + "a\n" * 9),
-        ("min_alphabetic_words", "a a a a 1", "a a a 1"),
-        ("min_stop_words", "the of of", "the the"),
-    ],
+    ("threshold", "inside", "outside"), GOPHER_EDGES, ids=[edge[0] for edge in GOPHER_EDGES]
 )
 def test_gopher_at_its_thresholds(threshold, inside, outside):
     assert threshold not in broken_by(rules.GopherQuality(), inside)
     assert threshold in broken_by(rules.GopherQuality(), outside)
 
 
+FINEWEB_EDGES = [
+    ("min_punctuated_lines", "a.\n" * 4 + "a\n" * 21, "a.\n" * 3 + "a\n" * 22),
+    (
+        "max_duplicate_line_characters",
+        "".join(f"line {i}\n" for i in range(10)) + "line 0",
+        "".join(f"line {i}\n" for i in range(9)) + "line 0",
+    ),
+    (
+        "max_short_lines",
+        f"{'a' * 29}\n" * 66 + f"{'a' * 30}\n" * 34,
+        f"{'a' * 29}\n" * 67 + f"{'a' * 30}\n" * 33,
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    ("threshold", "inside", "outside"),
-    [
-        ("min_punctuated_lines", "a.\n" * 4 + "a\n" * 21, "a.\n" * 3 + "a\n" * 22),
-        (
-            "max_duplicate_line_characters",
-            "".join(f"line {i}\n" for i in range(10)) + "line 0",
-            "".join(f"line {i}\n" for i in range(9)) + "line 0",
-        ),
-        (
-            "max_short_lines",
-            f"{'a' * 29}\n" * 66 + f"{'a' * 30}\n" * 34,
-            f"{'a' * 29}\n" * 67 + f"{'a' * 30}\n" * 33,
-        ),
-    ],
+    ("threshold", "inside", "outside"), FINEWEB_EDGES, ids=[edge[0] for edge in FINEWEB_EDGES]
 )
 def test_fineweb_drops_at_its_thresholds(threshold, inside, outside):
     assert threshold not in broken_by(rules.FineWeb(), inside)
