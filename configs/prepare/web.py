@@ -5,6 +5,7 @@ near-duplicates have a Jaccard index of 0.8 or more.
 
 Command:  python -m lmjax.prepare --config=configs/prepare/web.py --workdir=OUT
               --config.sources.web.path=s3://bucket/crawl
+          `:multilingual` keeps every language; then `configs/prepare/train.py` trains on OUT
 Hardware: any; `--runner=ray` for a cluster
 Result:   OUT/report.md, and token stores in OUT/tokens for `lmjax.data.packed.Tokens`
 """
@@ -28,8 +29,16 @@ VARIANTS = {
         "sources.web.path": "docs",
         "sources.web.licence": "Apache-2.0",
         "shard_bytes": 1 << 18,
-        "split.valid": 0.1,
+        "split.valid": 0.3,
         "tokens.vocabulary.vocab_size": 512,
+    },
+    # Every language: without the rules that know English words, or words at all.
+    "multilingual": {
+        "stages.language.languages": (),
+        "stages.gopher.words": "script",
+        "stages.gopher.min_mean_word_length": None,
+        "stages.gopher.min_stop_words": None,
+        "stages.c4.min_line_words": 1,
     },
 }
 

@@ -21,7 +21,7 @@ from absl import logging as absl_logging
 
 from lmjax.config import build_and_resolve, load_config
 from lmjax.data.describe import describe, spell
-from lmjax.data.store import Store
+from lmjax.data.store import Store, verify_preparation
 from lmjax.data.survey import draw_lengths, find_stores, picture_path, spell_survey, survey
 from lmjax.engine.incidents import batch_of, batches_left_out
 from lmjax.errors import Exit, UserError
@@ -76,8 +76,11 @@ def tell_store(path: str) -> None:
     """Prints what the splits of a store hold; raises UserError where one is damaged."""
     if CONFIG.value or STEP.value is not None or BATCH.value is not None:
         raise UserError("--path shows a token store: give it without --config, --step and --batch.")
-    damaged = []
-    for folder in find_stores(path):
+    folders = find_stores(path)
+    damaged = list(verify_preparation(path, folders))
+    for text in damaged:
+        print(f"damaged: {text}", file=sys.stderr)
+    for folder in folders:
         store = Store(folder)
         found = survey(store, samples=3 if ROWS.value is None else ROWS.value)
         damaged += found["damaged"]

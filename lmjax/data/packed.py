@@ -50,7 +50,8 @@ class Tokens:
         than a row; the rest is padding, under 1 % for corpora of many documents. "concatenate" cuts
         the documents of a source, one after another, every `length` tokens, and pads nothing.
       weights: source to its share of the examples, of which only ratios matter; sources left out
-        are not read. Empty: every example of every source once an epoch.
+        are not read. Empty: the weights that the preparation gave its sources; where it gave none,
+        every example of every source once an epoch.
       max_epochs: source to how often it may be gone through; others then fill its place.
       cache_bytes: how much of an object store may lie on the local disk. Give it room for all of
         the store: rows come from every shard in turn.
@@ -90,10 +91,6 @@ class Tokens:
                     f"max_epochs names {name!r}, which has no weight."
                     + did_you_mean(name, self.weights)
                 )
-        if self.max_epochs and not self.weights:
-            raise UserError(
-                "max_epochs limits sources that are drawn by weight: give weights as well."
-            )
 
     @property
     def example(self) -> Spec:
@@ -131,7 +128,7 @@ class Tokens:
     def fingerprint(self) -> str:
         """Names what every batch is made of: sha256 of the store's own and of the fields."""
         made_of = (self.store.fingerprint, self.split, self.length, self.packing)
-        shares = (sorted(self.weights.items()), sorted(self.max_epochs.items()))
+        shares = (sorted(self._weights.items()), sorted(self.max_epochs.items()))
         return hashlib.sha256(repr((made_of, shares)).encode()).hexdigest()
 
     @property
@@ -148,7 +145,7 @@ class Tokens:
         return {
             name: count / size
             for name, count, size in zip(names, given.tolist(), plan.sizes.tolist(), strict=True)
-            if size and (not self.weights or name in self.weights)
+            if size and (not self._weights or name in self._weights)
         }
 
     def examples(self, *, seed: int) -> grain.MapDataset[Any]:
@@ -189,23 +186,36 @@ class Tokens:
         )
 
     @functools.cached_property
+    def _weights(self) -> Mapping[str, float]:
+        """The shares of the sources that are read; {} for all of the store as one."""
+        if self.weights or self.split == "valid":
+            return self.weights
+        told = self.store.manifest.get("weights") or {}
+        return {name: told[name] for name in self.store.sources if told.get(name)}
+
+    @functools.cached_property
     def _rows(self) -> Rows:
         return pack(self.store, length=self.length, packing=self.packing)
 
     @functools.cached_property
     def _plan(self) -> tuple[tuple[str, ...], Schedule]:
         """Names of what takes turns, and how: sources by weight, or all of the store as one."""
-        if not self.weights or self.split == "valid":
+        weights, sources = self._weights, self.store.sources
+        for given, names in (("weights", weights), ("max_epochs", self.max_epochs)):
+            for name in names if self.split == "train" else ():
+                if name not in sources:
+                    raise UserError(
+                        f"{self.store.path} has no source {name!r}, which {given} names."
+                        + did_you_mean(name, sources)
+                    )
+        if self.max_epochs and not weights:
+            raise UserError(
+                "max_epochs limits sources that are drawn by weight: give weights as well."
+            )
+        if not weights or self.split == "valid":
             return (self.path,), _in_order(self.num_examples)
-        sources = self.store.sources
-        for name in self.weights:
-            if name not in sources:
-                raise UserError(
-                    f"{self.store.path} has no source {name!r}, which weights names."
-                    + did_you_mean(name, sources)
-                )
         sizes = np.diff(self._rows.first_rows).tolist()
-        plan = schedule(sources, sizes, weights=self.weights, max_epochs=self.max_epochs)
+        plan = schedule(sources, sizes, weights=weights, max_epochs=self.max_epochs)
         return sources, plan
 
     def _examples(self, seed: int) -> PackedExamples:

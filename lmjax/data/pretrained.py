@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmjax.data.pieces import explained
+from lmjax.data.remote import localised
 from lmjax.data.sentencepiece import read_sentencepiece
 from lmjax.data.subword import SubwordTokenizer
 from lmjax.data.tiktoken import (
@@ -24,6 +25,7 @@ from lmjax.data.tokenizer import tokenizer_from_json
 from lmjax.errors import UserError, did_you_mean
 
 _NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_SUFFIXES = (".json", ".model", ".tiktoken", ".jinja")
 _MORE = ("tekken.json", "*.model", "*.model.v*", "*.tiktoken")
 _ROLES = (
     "bos_token",
@@ -44,13 +46,14 @@ def read_tokenizer(path: str, end: str | None = None) -> SubwordTokenizer:
     the folder additional_chat_templates, as `transformers` writes them.
 
     Args:
-      path: the file, or a folder that holds one. A .tiktoken file must be named like its encoding.
+      path: the file, or a folder that holds one, here or at an address (s3://bucket/folder). A
+        .tiktoken file must be named like its encoding.
       end: the token that ends a document; None for the eos_token that the files name (BERT's
         sep_token), or "<|endoftext|>" where they name none.
 
     Raises UserError where there is none, it is damaged, or does not say what ends a document.
     """
-    file = _file(Path(path).expanduser())
+    file = _file(Path(localised(path, _SUFFIXES)).expanduser())
     try:
         data = file.read_bytes()
         if data.startswith(b'{"kind":') and isinstance(
@@ -90,7 +93,7 @@ def read_tokenizer(path: str, end: str | None = None) -> SubwordTokenizer:
 
 def read_tiktoken(path: str, known: Encoding) -> SubwordTokenizer:
     """Reads a rank file of tiktoken, of any name, with the encoding that belongs to it."""
-    file = Path(path).expanduser()
+    file = Path(localised(path, ())).expanduser()
     if not file.is_file():
         raise _missing(file)
     try:

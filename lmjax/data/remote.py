@@ -14,13 +14,14 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lmjax.data.cache import cache_folder, write_atomically
+from lmjax.data.folder import Folder, is_remote, join, store_of
 from lmjax.errors import UserError
 
 log = logging.getLogger("lmjax")
@@ -30,16 +31,6 @@ _ABANDONED_S = 24 * 3600  # after which a file that is being written belongs to 
 MAX_MAPPED = 512  # files that a process holds open, of the 1,024 that systems often allow
 
 Part = tuple[str, int, str]  # name, bytes, sha256
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is an address (s3://bucket/folder)."""
-    return "://" in path
-
-
-def join(folder: str, name: str) -> str:
-    """The path or address of a name in a folder."""
-    return f"{folder.rstrip('/')}/{name}"
 
 
 def read_remote(url: str, *, missing: bool = False) -> bytes | None:
@@ -56,6 +47,39 @@ def read_remote(url: str, *, missing: bool = False) -> bytes | None:
         raise
     except Exception as error:  # of botocore, gcsfs, aiohttp, ...
         raise UserError(f"{url} cannot be read: {error}. Check the address and rights.") from error
+
+
+def localised(path: str, suffixes: Sequence[str]) -> str:
+    """A path as it is; of an address the path of a copy in the cache.
+
+    Copied is the file, or the folder, with the files right beside it that have these suffixes: they
+    are small and belong together, as those of a published tokenizer do. Asked anew each time: what
+    changed there is another copy.
+    """
+    if not is_remote(path):
+        return path
+    root, name = path.rstrip("/"), ""
+    try:
+        if Folder(root.rpartition("/")[0]).size(root.rpartition("/")[2]) is not None:
+            root, _, name = root.rpartition("/")
+        there = Folder(root)
+        names = [n for n in there.names() if n == name or n.endswith(tuple(suffixes))]
+        held = {n: there.read(n) for n in names if there.size(n) is not None}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    if not held:
+        raise UserError(f"there is nothing at {path} that ends in {', '.join(suffixes)}.")
+    sums = [[n, hashlib.sha256(data).hexdigest()] for n, data in sorted(held.items())]
+    made = cache_folder() / "files" / hashlib.sha256(repr([root, sums]).encode()).hexdigest()
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        for n, data in held.items():
+            (folder / n).write_bytes(data)
+
+    if not made.is_dir():
+        write_atomically(made, write)
+    return str(made / name) if name else str(made)
 
 
 class Opened:
@@ -231,16 +255,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _open(url: str) -> Any:
-    try:
-        import fsspec
-    except ImportError as error:
-        raise UserError(f"{url} needs `pip install fsspec` and its driver: {error}.") from error
-    try:
-        return fsspec.open(url, "rb").open()
-    except ImportError as error:
-        raise UserError(f"{url} needs a driver of fsspec: {error}.") from error
-    except ValueError as error:
-        raise UserError(f"{url} is no address that fsspec knows: {error}.") from error
+    store, inside = store_of(url)
+    return store.open(inside, "rb")
 
 
 def _sha256(file: Path) -> str:

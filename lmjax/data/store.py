@@ -4,16 +4,15 @@ docs/data.md describes the format. A folder holds `store.json` (the manifest), `
 for each shard NNNNN.bin (ids of all documents, one after another, little-endian), .idx (int64
 [documents + 1], where each begins), .src (uint16 [documents], its source among those of the shard),
 .ids (its id, a JSON string a line) and .json (counts, and size and sha256 of the others). Each file
-is written under another name and then renamed, the .json last, so that a shard is there or not.
+appears whole (lmjax/data/folder.py), the .json last, so that a shard is there or not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-import os
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from lmjax.data.folder import Folder
 from lmjax.data.remote import Opened, is_remote, join, read_remote
 from lmjax.data.tokenizer import TextTokenizer, tokenizer_from_json
 from lmjax.errors import UserError, did_you_mean
 
 FORMAT = "lmjax tokens 1"
 MANIFEST, TOKENIZER = "store.json", "tokenizer.json"
+PREPARATION = "manifest.json"  # of all that `python -m lmjax.prepare` made
 PARTS = ("bin", "idx", "src", "ids")
 
 
@@ -49,14 +50,14 @@ def write_shard(
     """Writes one shard; returns what its .json says. The bytes depend on the arguments alone.
 
     Args:
-      folder: the store's, on a local disk; made where it is not there.
+      folder: the store's, a path or an address; made where it is not there.
       number: the shard's, which orders documents in the store.
       ids: [tokens], any integers below `vocab_size`; documents one after another, ends included.
       starts: [documents + 1], where each document begins; the last is the number of tokens.
       sources: [documents], which source each is of; at most 65,536 different ones.
       names: [documents], the ids of the documents.
     """
-    folder, name = Path(folder), f"{number:05d}"
+    at, name = Folder(str(folder)), f"{number:05d}"
     starts = np.asarray(starts, "<i8")
     assert len(starts) == len(sources) + 1 == len(names) + 1 and starts[-1] == len(ids)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
@@ -72,12 +73,11 @@ def write_shard(
         "src": np.array([index[source] for source in sources], "<u2").view(np.uint8),
         "ids": "".join(json.dumps(text) + "\n" for text in names).encode(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     sums = {}
     for part in PARTS:
         data = contents[part]
         sums[part] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        _write(folder / f"{name}.{part}", data)
+        _write(at, f"{name}.{part}", data)
     documents = Counter(sources)
     tokens: Counter[str] = Counter()
     for source, size in zip(sources, np.diff(starts).tolist(), strict=True):
@@ -89,7 +89,7 @@ def write_shard(
         "sources": {s: {"documents": documents[s], "tokens": tokens[s]} for s in known},
         "files": sums,
     }
-    _write(folder / f"{name}.json", json.dumps(told, indent=1).encode())
+    _write(at, f"{name}.json", json.dumps(told, indent=1).encode())
     return told
 
 
@@ -101,13 +101,12 @@ def seal_store(
     To be called when nobody writes any shard of it. `more` are further fields of the manifest:
     config, licences, counts of earlier stages.
     """
-    folder = Path(folder)
-    for file in folder.glob("*.tmp"):  # of writers that were killed
-        file.unlink(missing_ok=True)
-    told = sorted(folder.glob("[0-9]*.json"), key=lambda file: int(file.stem))
-    shards = [json.loads(file.read_bytes()) for file in told]
+    at = Folder(str(folder))
+    at.remove(at.names("*.tmp"))  # of writers that were killed
+    names = sorted(at.names("[0-9]*.json"), key=lambda name: int(name.partition(".")[0]))
+    shards = [json.loads(at.read(name)) for name in names]
     if not sum(shard["tokens"] for shard in shards):
-        raise UserError(f"{folder} holds no tokens: write at least one shard of documents first.")
+        raise UserError(f"{at.path} holds no tokens: write at least one shard of documents first.")
     sources: dict[str, dict[str, int]] = {}
     for shard in shards:
         for name, counts in shard["sources"].items():
@@ -127,9 +126,42 @@ def seal_store(
         "shards": shards,
         **(more or {}),
     }
-    _write(folder / TOKENIZER, text.encode())
-    _write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    manifest["sha256"] = own_sha256(manifest)
+    _write(at, TOKENIZER, text.encode())
+    _write(at, MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
+
+
+def own_sha256(manifest: Mapping[str, Any]) -> str:
+    """The sha256 of all of a manifest but this sum itself, which its field `sha256` tells."""
+    told = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def verify_preparation(path: str, stores: Sequence[str]) -> Iterator[str]:
+    """Yields what is wrong with the manifest of a preparation, if `path` is one, and its stores."""
+    where, told = join(path, PREPARATION), None
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        told = Folder(str(Path(path).expanduser()) if not is_remote(path) else path).read(
+            PREPARATION
+        )
+    if told is None:
+        return
+    try:
+        held = json.loads(told)
+        assert held["sha256"] == own_sha256(held), "its sha256 is not its own"
+        for folder in stores:
+            split = folder.rstrip("/").rpartition("/")[2]
+            own = Store(folder).manifest.get("sha256")
+            if held["tokens"].get(split, {}).get("sha256") != own:
+                yield (
+                    f"{join(folder, MANIFEST)} is not of the preparation that {where} tells of: "
+                    "run it again."
+                )
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        if isinstance(error, UserError):
+            raise
+        yield f"{where} is damaged ({error}): run the preparation again."
 
 
 def find_store(path: str, split: str = "") -> str:
@@ -185,6 +217,8 @@ class Store:
         try:
             held = json.loads(data)
             assert held["format"] == FORMAT, f"its format is {held['format']!r}, not {FORMAT!r}"
+            own = held.get("sha256") or own_sha256(held)
+            assert own == own_sha256(held), "its sha256 is not its own"
             sizes = {part: 0 for part in PARTS}
             width = np.dtype(held["dtype"]).itemsize
             for shard in held["shards"]:
@@ -284,6 +318,10 @@ class Store:
 
     def verify(self) -> Iterator[str]:
         """Reads every file, and yields what is wrong with each that is damaged."""
+        try:
+            _ = self.tokenizer
+        except UserError as error:
+            yield str(error)
         for shard in self.manifest["shards"]:
             for part in PARTS:
                 try:
@@ -310,15 +348,9 @@ def _names(file: str) -> Sequence[str]:
     return [str(json.loads(line)) for line in lines]
 
 
-def _write(path: Path, data: Any) -> None:
-    made = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+def _write(folder: Folder, name: str, data: Any) -> None:
     try:
-        with made.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        made.rename(path)
+        folder.write(name, data)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        made.unlink(missing_ok=True)
+        where = folder.at(name)
+        raise UserError(f"{where} cannot be written: {error.strerror or error}.") from error

@@ -140,7 +140,7 @@ def draw_lengths(found: dict[str, Any], path: str | Path) -> None:
                 "type": "quantitative",
                 "title": "documents",
                 "scale": {"domainMin": 0},
-                "axis": {"format": "~s"},
+                "axis": {"format": "~s", "tickMinStep": 1},
             },
             "y2": {"field": "top"},
             "color": {"field": "source", "type": "nominal", "title": None},

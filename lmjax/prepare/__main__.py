@@ -14,6 +14,7 @@ import sys
 from absl import app, flags
 
 from lmjax.config import build_and_resolve, explain, load_config
+from lmjax.data.folder import Folder
 from lmjax.errors import Exit, UserError
 from lmjax.flags import OVERRIDES, define_config, fail, parse_flags, speak
 
@@ -24,11 +25,16 @@ except ModuleNotFoundError as missing:  # pyarrow, orjson
     fail(UserError(f"preparing needs `pip install 'lmjax[prepare]'`: {missing}."), Exit.USAGE)
 
 CONFIG = define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "where the results lie; what is done there is kept")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "where results lie, a folder or s3://bucket/folder; what is done is kept"
+)
 RUNNER = flags.DEFINE_enum("runner", "native", RUNNERS, "what runs the tasks")
 WORKERS = flags.DEFINE_integer("workers", 0, "how many tasks at once; 0: one a core", 0, 1 << 20)
 RAY_ADDRESS = flags.DEFINE_string(
     "ray_address", "", "of a Ray cluster; one of its own if not given"
+)
+PRUNE = flags.DEFINE_bool(
+    "prune", False, "at the end remove the stages of earlier configs, which are kept for reuse"
 )
 EXPLAIN = flags.DEFINE_bool("explain", False, "print every value and where it comes from, and stop")
 
@@ -53,21 +59,29 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{CONFIG.value}: get_config() must return call(Prepare, ...).")
         if not WORKDIR.value:
             raise UserError("--workdir is not given: name a folder for the results.")
+        if WORKDIR.value.startswith("hf://"):  # each file would be a commit
+            raise UserError(
+                f"--workdir is {WORKDIR.value!r}: Hugging Face is read, not written. Give a folder, "
+                "s3://bucket/folder or gs://bucket/folder."
+            )
+        out = Folder(WORKDIR.value)
+        if not out.is_remote:
+            out = Folder(os.path.abspath(os.path.expanduser(WORKDIR.value)))
         engine = backend(
             RUNNER.value,
-            workdir=WORKDIR.value,
+            workdir=out.path,
             workers=WORKERS.value,
             address=RAY_ADDRESS.value,
         )
-        run(prepare, os.path.abspath(WORKDIR.value), engine=engine, config=tree)
+        run(prepare, out.path, engine=engine, config=tree, prune=PRUNE.value)
+        report = out.read("report.md").decode()
     except UserError as error:
         fail(error, Exit.USAGE)
     except KeyboardInterrupt:
         fail(RuntimeError("stopped; the same command goes on from here."), Exit.INTERRUPTED)
     except (OSError, RuntimeError) as error:
         fail(error, Exit.ERROR)
-    with open(os.path.join(WORKDIR.value, "report.md")) as report:
-        print(report.read().rstrip())
+    print(report.rstrip())
     sys.stdout.flush()
 
 

@@ -53,8 +53,12 @@ class Encoder:
 
     def __call__(self, texts: Sequence[str]) -> tuple[list[np.ndarray], str]:
         """Ids of each text, unsigned or int32, without an end, and the name of the engine."""
-        expected = self._reference(texts[: self.checked_documents]) if self._fast else []
-        for name, encode in self._fast.items():
+        expected: list[np.ndarray] | None = None
+        for name in self._names:
+            if (encode := self._made(name)) is None:
+                continue
+            if expected is None:
+                expected = self._reference(texts[: self.checked_documents])
             found = encode(texts)
             number = self._first_wrong(texts, found, expected)
             if number is None:
@@ -90,23 +94,33 @@ class Encoder:
             return [self.tokenizer.encode(text) for text in texts]
         return self.tokenizer.encode_batch(texts)
 
-    @functools.cached_property
-    def _fast(self) -> Mapping[str, Encode]:
-        """Engines and their functions, the one to try first first; none for the reference."""
+    @property
+    def _names(self) -> Sequence[str]:
+        """Engines, the one to try first first; none where the reference alone encodes."""
         if self.engine == "tokenizers" or not isinstance(self.tokenizer, SubwordTokenizer):
-            return {}
-        known = {"gigatoken": _gigatoken, "tiktoken": _tiktoken}
+            return ()
         if self.engine != "auto":
-            return {self.engine: known[self.engine](self.tokenizer)}
-        made = {}
-        for name, make in known.items():
-            if name == "gigatoken" and not self.tokenizer.exact:
-                continue  # only the first documents could be checked
+            return (self.engine,)
+        # of a vocabulary that is not exact only the first documents could be checked
+        return ("gigatoken", "tiktoken") if self.tokenizer.exact else ("tiktoken",)
+
+    def _made(self, name: str) -> Encode | None:
+        """An engine's function, made when it is first asked for; None where "auto" does without."""
+        if name not in self._engines:
+            assert isinstance(self.tokenizer, SubwordTokenizer)
+            make = {"gigatoken": _gigatoken, "tiktoken": _tiktoken}[name]
             try:
-                made[name] = make(self.tokenizer)
+                self._engines[name] = make(self.tokenizer)
             except UserError as error:
+                if self.engine != "auto":
+                    raise
                 log.info("%s does not encode: %s", name, error)
-        return made
+                self._engines[name] = None
+        return self._engines[name]
+
+    @functools.cached_property
+    def _engines(self) -> dict[str, Encode | None]:
+        return {}
 
 
 def _tiktoken(tokenizer: SubwordTokenizer) -> Encode:
@@ -208,8 +222,8 @@ def _gigatoken(tokenizer: SubwordTokenizer) -> Encode:
 
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         with explained("gigatoken cannot spell a text"):
-            rows = made.encode_batch(list(texts), parallel=False)
-        found = [np.asarray(row, np.uint32) for row in rows]
+            # one by one: a batch comes as an array of a package that takes 0.3 s to import
+            found = [np.asarray(made.encode(text), np.uint32) for text in texts]
         for number, text in enumerate(texts):
             if any(token in text for token in special):
                 found[number] = tokenizer.encode(text)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lmjax.data.folder import is_remote, store_of, told
 from lmjax.errors import UserError, did_you_mean
+
+# A hash of the contents, as S3, Google, Hugging Face name it; or else the time of a change.
+_VERSIONS = ("ETag", "etag", "md5Hash", "lfs", "blob_id", "mtime", "LastModified", "created")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +36,23 @@ class File:
         """Opens it for reading, at its first byte."""
         if not is_remote(self.path):
             return open(self.path, "rb")
-        store, _ = _store(self.path)
-        file: BinaryIO = store.open(self.path, "rb", block_size=1 << 24)
+        with told(self.path, "read"):
+            store, inside = store_of(self.path)
+            file: BinaryIO = store.open(inside, "rb", block_size=1 << 24)
         return file
 
-
-def is_remote(path: str) -> bool:
-    """Whether a path is an address of an object store."""
-    return "://" in path
+    def check(self) -> None:
+        """Raises UserError where the file is another one by now: it changed since it was found."""
+        if is_remote(self.path):
+            with told(self.path, "read"):
+                store, inside = store_of(self.path)
+                info = store.info(inside)
+            now = int(info.get("size") or 0), _version(info)
+        else:
+            stat = os.stat(self.path)
+            now = stat.st_size, str(stat.st_mtime_ns)
+        if now != (self.size, self.version):
+            raise UserError(f"{self.path} changed while it was read: run the same command again.")
 
 
 def find(path: str) -> list[File]:
@@ -77,40 +90,29 @@ def _find_local(path: str) -> Iterator[File]:
 
 
 def _find_remote(path: str) -> Iterator[File]:
-    store, inside = _store(path)
+    store, inside = store_of(path)
     scheme = path.partition("://")[0]
-    store.invalidate_cache()  # of listings: what changed since is another version
     try:
-        if glob.has_magic(inside):
-            root, told = _stem(inside), store.glob(inside, detail=True)
-        elif store.isfile(inside):
-            root, told = os.path.dirname(inside), {inside: store.info(inside)}
-        else:
-            root, told = inside, store.find(inside, detail=True)
-    except Exception as error:  # of botocore, gcsfs, aiohttp, ...: their text says what it was
-        raise UserError(
-            f"{path} cannot be listed: {error}. Check the address and rights."
-        ) from error
-    for full, info in told.items():
+        with told(path, "listed"):
+            if glob.has_magic(inside):
+                root, found = _stem(inside), store.glob(inside, detail=True)
+            elif store.isfile(inside):
+                root, found = os.path.dirname(inside), {inside: store.info(inside)}
+            else:
+                root, found = inside, store.find(inside, detail=True)
+    except OSError as error:
+        raise UserError(str(error)) from error
+    for full, info in found.items():
         name = os.path.relpath(full, root) if root else full
         if info.get("type") != "directory" and not _hidden(name):
-            version = next((str(info[k]) for k in ("ETag", "etag", "mtime") if info.get(k)), "")
             size = int(info.get("size") or 0)
-            yield File(path=f"{scheme}://{full}", name=name, size=size, version=version)
+            address = f"{scheme}://{full.lstrip('/')}"
+            yield File(path=address, name=name, size=size, version=_version(info))
 
 
-def _store(path: str) -> tuple[Any, str]:
-    """The file system of an address, and the path inside it."""
-    try:
-        import fsspec
-
-        store, inside = fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be opened: {error}. Addresses need `pip install fsspec` and a driver: "
-            "s3fs, gcsfs or huggingface_hub."
-        ) from error
-    return store, str(inside).rstrip("/")
+def _version(info: Mapping[str, Any]) -> str:
+    """What a store says of a file that changes when its bytes do."""
+    return next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
 
 
 def _stem(pattern: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from lmjax.annotations import SCALARS, shown
 from lmjax.errors import UserError
+from lmjax.prepare.files import File
 from lmjax.prepare.stage import Reading
 
 # Packages of lmjax whose code decides what a stage gives; what the others hold does not.
@@ -117,11 +118,12 @@ def _modules(node: Any) -> Iterator[str]:
 def _file_hash(path: str) -> str:
     found = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with File(path=path, name=path, size=0, version="").open() as file:
             while chunk := file.read(1 << 24):
                 found.update(chunk)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}. A stage needs it.") from error
+        why = error.strerror or error
+        raise UserError(f"{path} cannot be read: {why}. A stage needs it.") from error
     return found.hexdigest()
 
 

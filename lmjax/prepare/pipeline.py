@@ -11,20 +11,18 @@ OUT/timing.json            seconds: the one file that differs from run to run
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
+from lmjax.data.folder import Folder
 from lmjax.errors import UserError
 from lmjax.prepare import tokens as tokens_
 from lmjax.prepare.backends import Backend
-from lmjax.prepare.exchange import MOST_BUCKETS
+from lmjax.prepare.exchange import MOST_BUCKETS, Runs
 from lmjax.prepare.identity import describe, digest, identity
+from lmjax.prepare.lock import alone
 from lmjax.prepare.plan import files_of, plan_reading
 from lmjax.prepare.read.source import Source
 from lmjax.prepare.report import FORMAT, Account
@@ -58,6 +56,12 @@ class Prepare:
     def __post_init__(self) -> None:
         if not self.sources:
             raise UserError("sources is empty: name at least one, as {'web': call(Source, ...)}.")
+        without = [name for name, source in self.sources.items() if source.weight is None]
+        if 0 < len(without) < len(self.sources):
+            raise UserError(
+                f"the source {without[0]!r} has no weight, and others have one: give each a weight "
+                "(0 for none of it in training), or none at all."
+            )
         for name in (*self.sources, *self.stages):
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise UserError(f"{name!r} names a folder: use letters, digits, - and _.")
@@ -73,7 +77,7 @@ class Prepare:
 class Run:
     """One run of a preparation in a folder: an engine that keeps the books."""
 
-    def __init__(self, prepare: Prepare, workdir: Path, engine: Backend) -> None:
+    def __init__(self, prepare: Prepare, workdir: Folder, engine: Backend) -> None:
         self.prepare, self.workdir, self.engine = prepare, workdir, engine
         self.account = Account()
         self._key, self._number = FORMAT, 0
@@ -84,7 +88,7 @@ class Run:
         folder = f"{self._number:02d}-{name}-{self._key[:8]}"
         self._number += 1
         self.account.begin(name, folder, self._key)
-        return Shelf(str(self.workdir / "stages" / folder), self._key)
+        return Shelf(self.workdir / f"stages/{folder}", self._key)
 
     def map(self, tasks: Sequence[Task]) -> list[Done]:
         """Runs tasks, and books their outcomes and times."""
@@ -102,7 +106,7 @@ class Run:
         tasks = plan_reading(sources, self.prepare.shard_bytes, shelf, self)
         self.account.files = files_of(tasks)
         outcomes = [done.outcomes["read"] for done in self.map(tasks)]
-        shelf.tidy(len(tasks))
+        shelf.tidy(outcomes)
         return shelf.shards(outcomes)
 
     def walk(self, stages: Sequence[tuple[str, Stage | Keyed]], shards: list[Shard]) -> list[Shard]:
@@ -117,9 +121,10 @@ class Run:
         log.info("%s: %d shards", ", ".join(name for name, _ in stages), len(shards))
         done = self.map([Walk(shard=shard, steps=steps) for shard in shards])
         for step in steps:
-            step.shelf.tidy(len(shards))
-        for folder in Path(steps[0].shelf.folder).glob("exchange-*"):  # spent
-            shutil.rmtree(folder, ignore_errors=True)
+            step.shelf.tidy([each.outcomes[step.name] for each in done])
+        first = steps[0].shelf.folder
+        for name in first.names("exchange-*"):  # spent
+            (first / name).remove_all()
         last = steps[-1]
         return last.shelf.shards([each.outcomes[last.name] for each in done])
 
@@ -127,44 +132,59 @@ class Run:
         """Lets the shards meet in a keyed stage; returns the step that judges them."""
         buckets = min(len(shards), MOST_BUCKETS)
         inputs = digest([shard.sha256 for shard in shards])
-        folder = Path(shelf.folder, f"exchange-{inputs[:8]}")
+        folder = shelf.folder / f"exchange-{inputs[:8]}"
 
-        def files(what: str, number: int = buckets) -> list[Path]:
-            return [folder / f"{what}-{i:05d}.arrow" for i in range(number)]
+        def runs(what: str, *, by_key: bool = False, files: int = buckets) -> Runs:
+            sizes = (len(shards), buckets) if by_key else (files, len(shards))
+            return Runs(folder=folder, what=what, files=sizes[0], runs=sizes[1])
 
-        last = "verified" if isinstance(stage, Verified) else "reduced"
-        decisions = files("settled", 1) if isinstance(stage, Settled) else files(last)
+        last = runs("verified" if isinstance(stage, Verified) else "reduced")
+        decisions = runs("settled", files=1) if isinstance(stage, Settled) else last
         step = Step(name=name, stage=stage, shelf=shelf, inputs=inputs, decisions=decisions)
         if all(shelf.outcome(shard.number, step.key(shard)) is not None for shard in shards):
             return step
         log.info("%s: %d shards meet in %d buckets", name, len(shards), buckets)
 
-        def round_of(send: str, receive: str, candidates: Sequence[Path]) -> None:
-            sent = files(send, len(shards))
-            sender = partial(
-                Send, name=name, stage=stage, num_buckets=buckets, candidates=candidates
+        def round_of(sent: Runs, decided: Runs, candidates: Runs | None) -> None:
+            self.map(
+                [
+                    Send(name=name, stage=stage, shard=shard, sent=sent, candidates=candidates)
+                    for shard in shards
+                ]
             )
-            pairs = zip(shards, sent, strict=True)
-            self.map([sender(shard=shard, file=file) for shard, file in pairs])
-            receiver = partial(
-                Reduce,
-                name=name,
-                stage=stage,
-                files=sent,
-                num_shards=len(shards),
-                verify=bool(candidates),
+            verify = candidates is not None
+            self.map(
+                [
+                    Reduce(
+                        name=name, stage=stage, bucket=b, sent=sent, decided=decided, verify=verify
+                    )
+                    for b in range(buckets)
+                ]
             )
-            self.map([receiver(bucket=b, file=file) for b, file in enumerate(files(receive))])
 
-        round_of("keys", "reduced", ())
+        round_of(runs("keys", by_key=True), runs("reduced"), None)
         if isinstance(stage, Verified):
-            round_of("evidence", "verified", files("reduced"))
+            round_of(runs("evidence", by_key=True), last, runs("reduced"))
         if isinstance(stage, Settled):
-            task = Settle(
-                name=name, stage=stage, files=files(last), file=decisions[0], num_shards=len(shards)
-            )
-            self.map([task])
+            self.map([Settle(name=name, stage=stage, decided=last, settled=decisions)])
         return step
+
+    def prune(self, remove: bool) -> None:
+        """Removes the folders of stages that are not of this config, or says that they are there.
+
+        What an earlier config gave may be wanted again: nothing is removed unasked.
+        """
+        stages = self.workdir / "stages"
+        own = {held["folder"] for held in self.account.stages.values()}
+        others = [name for name in stages.names() if name not in own]
+        if not others:
+            return
+        if remove:
+            for name in others:
+                (stages / name).remove_all()
+        size = "" if remove else " --prune removes them."
+        did = "were removed" if remove else "are kept for reuse."
+        log.info("%d folders of stages of earlier configs %s%s", len(others), did, size)
 
 
 def segments(
@@ -182,20 +202,26 @@ def segments(
 
 
 def run(
-    prepare: Prepare, workdir: str, *, engine: Backend, config: Mapping[str, Any] | None = None
+    prepare: Prepare,
+    workdir: str,
+    *,
+    engine: Backend,
+    config: Mapping[str, Any] | None = None,
+    prune: bool = False,
 ) -> Mapping[str, Any]:
     """Runs a preparation, or goes on with it; returns its manifest.
 
     Args:
       prepare: what to do.
-      workdir: OUT, a folder of this machine, or one that all machines of the engine share.
+      workdir: OUT, a folder that all machines of the engine see, or an address of an object store.
       engine: what runs the tasks.
       config: the recorded calls that `prepare` was built from, for the manifest.
+      prune: whether to remove, at the end, the stages of earlier configs.
     """
-    out = Path(workdir)
+    out = Folder(workdir)
     with alone(out):
         tree = config or describe(prepare)
-        write_json(out / "config.json", tree)
+        write_json(out, "config.json", tree)
         this = Run(prepare, out, engine)
         shards = this.read()
         stages = dict(prepare.stages)
@@ -204,36 +230,19 @@ def run(
         for segment in segments(stages):
             shards = this.walk(segment, shards)
         stores: dict[str, Any] = {}
+        if prepare.tokens is not None and not this.account.rows()[-1]["kept"]:
+            this.account.write(out, prepare, tree, stores)
+            raise UserError(
+                f"no record is left to make tokens of: {workdir}/report.md says at which stage, "
+                "and why; a reader that finds no text may need another text='COLUMN'."
+            )
         if prepare.tokens is not None:
             shelf = this.shelf(tokens_.STAGE, identity(prepare.tokens))
             log.info("%s: %d shards", tokens_.STAGE, len(shards))
             more = this.account.about(prepare.sources)
             stores = tokens_.make_stores(prepare.tokens, shards, shelf, this, more)
-            tokens_.publish(shelf, list(stores), out / "tokens")
+            tokens_.publish(shelf, stores, out / "tokens")
+        else:
+            (out / "tokens").remove_all()
+        this.prune(prune)
         return this.account.write(out, prepare, tree, stores)
-
-
-@contextlib.contextmanager
-def alone(workdir: Path) -> Iterator[None]:
-    """Holds the folder for this process; removes what a killed one was in the midst of writing.
-
-    Raises UserError where another run is at work there.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # a system without such locks
-            pass
-        except OSError as error:
-            raise UserError(
-                f"another run is at work in {workdir}: wait for it, or give another --workdir."
-            ) from error
-        for file in workdir.rglob(".*.tmp"):
-            if file.is_dir():
-                shutil.rmtree(file, ignore_errors=True)
-            else:
-                file.unlink(missing_ok=True)
-        yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from lmjax.errors import UserError
 from lmjax.prepare.backends import Backend
@@ -42,9 +41,9 @@ def plan_reading(
         if piece.file.size > shard_bytes * _LARGE and isinstance(form, Cuttable)
     ]
     numbers = {cut.number for cut in cuts}
-    for told in Path(shelf.folder).glob("cut-*.json"):  # of files that are large no more
-        if int(told.stem.removeprefix("cut-")) not in numbers:
-            told.unlink()
+    told = shelf.folder.names("cut-*.json")
+    spare = [name for name in told if int(name[len("cut-") : -len(".json")]) not in numbers]
+    shelf.folder.remove(spare)  # of files that are large no more
     done = zip(cuts, engine.map(cuts), strict=True) if cuts else ()
     parts = {cut.number: each.outcomes["cut"]["pieces"] for cut, each in done}
     tasks: list[Read] = []

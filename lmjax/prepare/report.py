@@ -7,13 +7,16 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lmjax.data.folder import Folder
+from lmjax.data.store import PREPARATION, own_sha256
+from lmjax.prepare.identity import digest
 from lmjax.prepare.read.source import Source
-from lmjax.prepare.shelf import Outcome, write_atomically, write_json
+from lmjax.prepare.shelf import Outcome, write_json
 from lmjax.prepare.tasks import Done
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ class Account:
 
     def begin(self, name: str, folder: str, key: str) -> None:
         """Opens the account of a stage; `key` identifies it and all before it."""
-        zero = {"folder": folder, "rows": 0, "kept": 0, "text_bytes": 0}
+        zero = {"folder": folder, "sha256": "", "rows": 0, "kept": 0, "text_bytes": 0}
         self.stages[name] = {**zero, **{each: Counter() for each in _SUMMED}}
         self._seconds[name] = [0.0, 0.0]
         self.code = key
@@ -75,20 +78,20 @@ class Account:
         }
 
     def write(
-        self, out: Path, prepare: Prepare, config: Any, stores: Mapping[str, Any]
+        self, out: Folder, prepare: Prepare, config: Any, stores: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Writes report, quarantine, timing and manifest; returns the manifest."""
         stages = self.rows()
         report = {"invariant": "rows = kept + dropped + quarantined, at each stage", "holds": True}
-        write_json(out / "report.json", {**report, "stages": stages})
-        write_atomically(out / "report.md", lambda made: made.write_text(spell(stages)))
+        write_json(out, "report.json", {**report, "stages": stages})
+        out.write("report.md", spell(stages).encode())
         for row in stages:
             _write_quarantine(out, row)
         timing = {
             name: {"clock_s": round(wall, 3), "cpu_s": round(cpu, 3)}
             for name, (wall, cpu) in self._seconds.items()
         }
-        write_json(out / "timing.json", {"stages": timing})
+        write_json(out, "timing.json", {"stages": timing})
         manifest = {
             "format": FORMAT,
             **self.about(prepare.sources),
@@ -106,13 +109,16 @@ class Account:
             "tokens": stores,
             "config": config,
         }
-        write_json(out / "manifest.json", manifest)
+        manifest["sha256"] = own_sha256(manifest)
+        write_json(out, PREPARATION, manifest)
         return manifest
 
     @staticmethod
     def _add(held: dict[str, Any], outcome: Outcome) -> None:
         for each in ("rows", "kept", "text_bytes"):
             held[each] += outcome[each]
+        parts = [held["sha256"], *(part["sha256"] for part in outcome["parts"])]
+        held["sha256"] = digest(parts)  # of all that is kept, shard by shard
         for each in _SUMMED:
             held[each].update(outcome[each])
 
@@ -151,25 +157,22 @@ def _items(what: str, counts: Mapping[str, int]) -> Iterable[str]:
     return (f"- {what}{' '.join(name.split())}: {count:,}" for name, count in ranked if count)
 
 
-def _write_quarantine(out: Path, row: Mapping[str, Any]) -> None:
+def _write_quarantine(out: Folder, row: Mapping[str, Any]) -> None:
     """All quarantined rows of a stage in one file of JSON lines; none where there are none."""
-    file = out / "quarantine" / f"{row['name']}.jsonl"
+    name = f"quarantine/{row['name']}.jsonl"
     if not row["quarantined"]:
-        file.unlink(missing_ok=True)
+        out.remove([name])
         return
-
-    def write(made: Path) -> None:
-        with made.open("w") as lines:
-            for table in sorted((out / "stages" / row["folder"]).glob("quarantined-*.parquet")):
-                for bad in pq.read_table(table).to_pylist():
-                    lines.write(json.dumps(bad, ensure_ascii=False) + "\n")
-
-    write_atomically(file, write)
+    folder = out / f"stages/{row['folder']}"
+    with out.create(name) as lines:
+        for file in folder.names("quarantined-*.parquet"):
+            for bad in pq.read_table(pa.BufferReader(folder.read(file))).to_pylist():
+                lines.write(json.dumps(bad, ensure_ascii=False).encode() + b"\n")
     log.warning(
         "%s: %d records could not be handled: %s",
         row["name"],
         sum(row["quarantined"].values()),
-        file,
+        out.at(name),
     )
 
 

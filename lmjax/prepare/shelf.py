@@ -5,7 +5,7 @@
     quarantined-00000.parquet  likewise of those that could not be handled
     counts-00000.json          the outcome: counts, and sizes and hashes of the above; written last
 
-Each file is written under another name and then renamed. A shard whose outcome has the key that is
+Each file appears whole (lmjax/data/folder.py). A shard whose outcome has the key that is
 asked for is done: the key is a hash of the stage and of its input.
 """
 
@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lmjax.data.folder import Folder
 from lmjax.prepare.stage import DROPPED, QUARANTINED, Result
 
 Outcome = Mapping[str, Any]
@@ -32,33 +30,34 @@ Outcome = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A table of records on disk: its number among all shards, its file and the file's sha256."""
+    """A table of records in a folder: its number among all shards, its file and that's sha256."""
 
     number: int
-    path: str
+    folder: Folder
+    name: str
     sha256: str
 
     def load(self) -> pa.Table:
         """The records."""
-        return pq.read_table(self.path)
+        if self.folder.is_remote:
+            return pq.read_table(pa.BufferReader(self.folder.read(self.name)))
+        return pq.read_table(self.folder.at(self.name))
 
 
 @dataclass(frozen=True)
 class Shelf:
     """The folder of one stage, and what identifies the stage."""
 
-    folder: str
+    folder: Folder
     key: str
 
     def outcome(self, number: int, key: str) -> Outcome | None:
         """What became of a shard, if that was written under this key and its files are there."""
+        held = read_json(self.folder, f"counts-{number:05d}.json", key)
         try:
-            held = json.loads(Path(self.folder, f"counts-{number:05d}.json").read_bytes())
-            files = [*held["parts"], *held["aside"].values()]
-            whole = held["key"] == key and all(
-                os.stat(Path(self.folder, file["name"])).st_size == file["bytes"] for file in files
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            files = [*held["parts"], *held["aside"].values()] if held else []
+            whole = all(self.folder.size(file["name"]) == file["bytes"] for file in files)
+        except (KeyError, TypeError, AttributeError):
             return None
         return held if whole else None
 
@@ -122,7 +121,7 @@ class Shelf:
                 if len(table)
             },
         }
-        write_json(Path(self.folder, f"counts-{number:05d}.json"), outcome)
+        write_json(self.folder, f"counts-{number:05d}.json", outcome)
         return outcome
 
     def shards(self, outcomes: Iterable[Outcome]) -> list[Shard]:
@@ -132,16 +131,17 @@ class Shelf:
 
     def shard(self, number: int, part: Mapping[str, Any]) -> Shard:
         """A part that lies here, as a shard of that number."""
-        path = Path(self.folder, part["name"])
-        return Shard(number=number, path=str(path), sha256=part["sha256"])
+        name, sha256 = part["name"], part["sha256"]
+        return Shard(number=number, folder=self.folder, name=name, sha256=sha256)
 
-    def tidy(self, num_shards: int) -> None:
-        """Removes what an earlier run left of shards that there are no more."""
-        for file in Path(self.folder).glob("counts-*.json"):
-            if int(file.stem.removeprefix("counts-")) >= num_shards:
-                file.unlink()
-                for other in Path(self.folder).glob(f"*-{file.stem.removeprefix('counts-')}*"):
-                    other.unlink()
+    def tidy(self, outcomes: Sequence[Outcome]) -> None:
+        """Removes what runs left that are of no shard's outcome: of other inputs, or killed."""
+        own = {f"counts-{number:05d}.json" for number in range(len(outcomes))}
+        for outcome in outcomes:
+            own |= {file["name"] for file in (*outcome["parts"], *outcome["aside"].values())}
+        kinds = ("counts-", "part-", "dropped-", "quarantined-")
+        spare = [n for n in self.folder.names() if n.startswith(kinds) and n not in own]
+        self.folder.remove(spare)
 
     def _table(self, name: str, table: pa.Table) -> dict[str, Any]:
         """Writes a table; the bytes depend on its values alone, not on how they are chunked."""
@@ -150,7 +150,7 @@ class Shelf:
             table.combine_chunks(), sink, compression="zstd", use_dictionary=["source", "reason"]
         )
         data = sink.getvalue()
-        write_atomically(Path(self.folder, name), lambda made: made.write_bytes(data))
+        self.folder.write(name, data)
         return {"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -169,30 +169,26 @@ def check(result: Result, records: pa.Table, stage: str) -> None:
         )
 
 
-def write_json(path: Path, tree: Any) -> None:
-    """Writes a tree as JSON, whole or not at all."""
-    data = json.dumps(tree, indent=1, ensure_ascii=False).encode()
-    write_atomically(path, lambda made: made.write_bytes(data))
+def write_json(folder: Folder, name: str, tree: Any) -> None:
+    """Writes a tree as JSON."""
+    folder.write(name, json.dumps(tree, indent=1, ensure_ascii=False).encode())
 
 
-def read_json(path: Path, key: str) -> Outcome | None:
-    """What `write_json` wrote there, if its `key` is this one."""
+def read_json(folder: Folder, name: str, key: str) -> Outcome | None:
+    """What `write_json` wrote there, if its `key` is this one.
+
+    What cannot be read is not there, and is made again; but a store that does not answer raises
+    OSError: all might be there.
+    """
     try:
-        held: Outcome = json.loads(path.read_bytes())
+        held: Outcome = json.loads(folder.read(name))
         return held if held["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        if folder.is_remote and not isinstance(error, FileNotFoundError):
+            raise
         return None
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Makes the file `path` by `write(temporary)` and a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        write(made)
-        made.rename(path)
-    finally:
-        made.unlink(missing_ok=True)
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _by_reason(table: pa.Table) -> dict[str, int]:

@@ -6,22 +6,26 @@ any process of any machine that sees the folder; the engine brings back its smal
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
 
+from lmjax.data.folder import is_remote, told
+from lmjax.errors import UserError
 from lmjax.prepare import exchange
-from lmjax.prepare.files import is_remote
+from lmjax.prepare.exchange import Runs
 from lmjax.prepare.identity import digest
 from lmjax.prepare.read.sheet import Piece, Sheet
 from lmjax.prepare.read.source import Cuttable, Format
 from lmjax.prepare.shelf import Outcome, Shard, Shelf, check, read_json, write_json
 from lmjax.prepare.stage import Keyed, Result, Settled, Stage, Verified
 
+_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_EVIDENCE_BYTES = 1 << 24  # of texts whose evidence is made at once
 _PART_CHARACTERS = 1 << 26  # of text in one part of what a reader gives
 
 
@@ -75,13 +79,13 @@ class Cut:
         done = Done()
         file = self.piece.file
         key = digest([self.shelf.key, file.path, file.name, file.size, file.version, self.target])
-        path = Path(self.shelf.folder, f"cut-{self.number:05d}.json")
-        found = read_json(path, key)
+        name = f"cut-{self.number:05d}.json"
+        found = read_json(self.shelf.folder, name, key)
         if found is None:
             with Timer(done, "read"):
                 pieces = self.form.cut(file, target=self.target)
                 found = {"key": key, "pieces": [[p.begin, p.end, p.first] for p in pieces]}
-                write_json(path, found)
+                write_json(self.shelf.folder, name, found)
         done.outcomes["cut"] = found
         return done
 
@@ -98,11 +102,11 @@ class Read:
     def run(self) -> Done:
         """Reads them, if that was not done."""
         done = Done()
-        told = [
+        asked = [
             [p.file.path, p.file.name, p.file.size, p.file.version, p.begin, p.end, p.first]
             for p, _ in self.pieces
         ]
-        key = digest([self.shelf.key, self.source, told])
+        key = digest([self.shelf.key, self.source, asked])
         outcome = self.shelf.outcome(self.number, key)
         if outcome is None:
             with Timer(done, "read"):
@@ -121,8 +125,15 @@ class Read:
                 for _ in form.read(piece, sheet):
                     if sheet.chars > _PART_CHARACTERS:
                         yield sheet.take()
-            except OSError as error:
-                if is_remote(piece.file.path):  # it may be the network: run again, nothing is lost
+                piece.file.check()
+            except UserError:
+                raise
+            except Exception as error:
+                # The network or the machine, not the file: run again, nothing is lost.
+                if is_remote(piece.file.path):  # whose drivers have errors of many kinds
+                    with told(piece.file.path, "read"):
+                        raise
+                if not isinstance(error, OSError) or error.errno in _EXHAUSTED:
                     raise
                 sheet.bad(piece.first, piece.begin, f"cannot be read: {error.strerror}", b"")
         yield sheet.take()
@@ -141,7 +152,7 @@ class Step:
     stage: Stage | Keyed
     shelf: Shelf
     inputs: str = ""
-    decisions: Sequence[Path] = ()
+    decisions: Runs | None = None
 
     def key(self, shard: Shard) -> str:
         """Under which the outcome of a shard is found."""
@@ -150,6 +161,7 @@ class Step:
     def judge(self, records: pa.Table, shard: Shard) -> Result:
         """What becomes of the records of a shard."""
         if isinstance(self.stage, Keyed):
+            assert self.decisions is not None
             decisions = exchange.read_by_shard(self.decisions, shard.number)
             return self.stage.decide(records, decisions)
         return self.stage(records)
@@ -187,56 +199,65 @@ class Send:
     """Writes the rows of a shard that meet others: a keyed stage's keys, or its evidence.
 
     Attributes:
-      candidates: files of the decisions that evidence is asked for by; () for keys.
+      sent: where they go: one file a shard.
+      candidates: the decisions that evidence is asked for by; None for keys.
     """
 
     name: str
     stage: Keyed
     shard: Shard
-    file: Path
-    num_buckets: int
-    candidates: Sequence[Path] = ()
+    sent: Runs
+    candidates: Runs | None = None
 
     def run(self) -> Done:
         """Writes them, if that was not done."""
         done = Done()
-        if not self.file.exists():
+        if not self.sent.there(self.shard.number):
             with Timer(done, self.name):
-                records = exchange.with_order(self.shard.load(), self.shard.number)
-                if self.candidates:
-                    assert isinstance(self.stage, Verified)
-                    found = exchange.read_by_shard(self.candidates, self.shard.number)
-                    rows = self.stage.evidence(records, found)
-                else:
-                    rows = self.stage.keys(records)
-                exchange.write_by_key(self.file, rows, num_buckets=self.num_buckets)
+                exchange.write_by_key(self.sent, self.shard.number, self._rows())
         return done
+
+    def _rows(self) -> Iterator[pa.Table]:
+        """Keys in one piece; evidence, of which a record may give much, in several."""
+        records = exchange.with_order(self.shard.load(), self.shard.number)
+        if self.candidates is None:
+            yield self.stage.keys(records)
+            return
+        assert isinstance(self.stage, Verified)
+        found = exchange.read_by_shard(self.candidates, self.shard.number)
+        for begin, end in exchange.cut_by_bytes(records, found, _EVIDENCE_BYTES):
+            yield self.stage.evidence(records, found.slice(begin, end - begin))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reduce:
-    """Brings rows of equal key together, one bucket of keys, and writes what is decided."""
+    """Brings rows of equal key together, one bucket of keys, and writes what is decided.
+
+    Attributes:
+      sent: files of rows.
+      decided: where the decisions go: one file a bucket.
+      verify: whether the rows are evidence.
+    """
 
     name: str
     stage: Keyed
     bucket: int
-    files: Sequence[Path]
-    file: Path
-    num_shards: int
+    sent: Runs
+    decided: Runs
     verify: bool = False
 
     def run(self) -> Done:
         """Decides, if that was not done."""
         done = Done()
-        if not self.file.exists():
+        if not self.decided.there(self.bucket):
             with Timer(done, self.name):
-                rows = exchange.read_by_key(self.files, self.bucket)
+                decide = self.stage.reduce
                 if self.verify:
                     assert isinstance(self.stage, Verified)
-                    decisions = self.stage.verify(rows)
-                else:
-                    decisions = self.stage.reduce(rows)
-                exchange.write_by_shard(self.file, decisions, num_shards=self.num_shards)
+                    decide = self.stage.verify
+                parts = exchange.read_by_key(self.sent, self.bucket)
+                decisions = pa.concat_tables(map(decide, parts), promote_options="default")
+                exchange.write_by_shard(self.decided, self.bucket, decisions)
         return done
 
 
@@ -246,15 +267,14 @@ class Settle:
 
     name: str
     stage: Settled
-    files: Sequence[Path]
-    file: Path
-    num_shards: int
+    decided: Runs
+    settled: Runs
 
     def run(self) -> Done:
         """Settles, if that was not done."""
         done = Done()
-        if not self.file.exists():
+        if not self.settled.there(0):
             with Timer(done, self.name):
-                decisions = self.stage.settle(exchange.read_all(self.files, self.num_shards))
-                exchange.write_by_shard(self.file, decisions, num_shards=self.num_shards)
+                decisions = self.stage.settle(exchange.read_all(self.decided))
+                exchange.write_by_shard(self.settled, 0, decisions)
         return done

@@ -131,10 +131,12 @@ class Tokenise:
             return self.vocabulary.learn([], [])
         limit, size = int(self.sample_fraction * 2**64), 0
         kept: list[tuple[int, str, bytes]] = []
+        seen = 0
         for file in files:
             table = (
                 file if isinstance(file, pa.Table) else pq.read_table(file, columns=["id", "text"])
             )
+            seen += len(table)
             for name, text in zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
                 rank = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
                 if rank >= limit:
@@ -143,12 +145,18 @@ class Tokenise:
                 size += len(data)
                 while size - len(kept[0][2]) >= self.sample_bytes:  # without the highest
                     size -= len(heapq.heappop(kept)[2])
+        if not seen:
+            raise UserError(
+                "no record is left to learn a vocabulary from: each was dropped or quarantined, or "
+                "is for validation. report.md says at which stage, and why."
+            )
         if not kept:
             raise UserError(
                 f"no record is in the sample that the vocabulary is learned from: sample_fraction "
                 f"is {self.sample_fraction}. Raise it, or give records."
             )
         texts = [data.decode() for _, _, data in sorted(kept, reverse=True)]
+        kept.clear()  # or else memory holds the sample twice while it is learned from
         return self.vocabulary.learn(texts, [])
 
     def write(

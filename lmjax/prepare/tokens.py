@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lmjax.data.folder import Folder
+from lmjax.data.store import MANIFEST, PARTS
 from lmjax.prepare.backends import Backend
 from lmjax.prepare.identity import digest
-from lmjax.prepare.shelf import Outcome, Shard, Shelf, read_json, write_atomically, write_json
+from lmjax.prepare.shelf import Outcome, Shard, Shelf, read_json, write_json
 from lmjax.prepare.split import SPLITS
 from lmjax.prepare.stage import Result
 from lmjax.prepare.tasks import Done, Timer
@@ -24,12 +24,18 @@ if TYPE_CHECKING:
     from lmjax.data.tokenizer import TextTokenizer
 
 STAGE = "tokens"
+SUFFIXES = (*PARTS, "json")
+TOKENIZER, _LEARNT = "tokenizer.json", "tokenizer-key.json"
 
 
 class Tokeniser(Protocol):
     """What makes tokens of records: lmjax.prepare.tokenise.Tokenise."""
 
-    def learn(self, files: Iterator[pa.Table]) -> TextTokenizer:
+    @property
+    def learns(self) -> bool:
+        """Whether the tokenizer depends on the records, and is not published."""
+
+    def learn(self, files: Iterable[pa.Table]) -> TextTokenizer:
         """The tokenizer for these records."""
 
     def write(
@@ -47,17 +53,26 @@ class Learn:
     shelf: Shelf
 
     def run(self) -> Done:
-        """Learns it, if that was not done."""
+        """Learns it, if that was not done; one that is published is read anew."""
         done = Done()
-        key = digest([self.shelf.key, [shard.sha256 for shard in self.shards]])
-        told = Path(self.shelf.folder, "tokenizer-key.json")
-        if read_json(told, key) is None:
-            with Timer(done, STAGE):
-                tables = (_of_split(shard.load(), "train") for shard in self.shards)
-                text = self.tokeniser.learn(tables).to_json()
-                write_atomically(tokenizer_file(self.shelf), lambda made: made.write_text(text))
-                write_json(told, {"key": key})
+        folder = self.shelf.folder
+        inputs = [shard.sha256 for shard in self.shards] if self.tokeniser.learns else []
+        key = digest([self.shelf.key, inputs])
+        held = read_json(folder, _LEARNT, key)
+        if held is not None and self.tokeniser.learns and folder.size(TOKENIZER) == held["bytes"]:
+            return done
+        with Timer(clock := Done(), STAGE):
+            data = self.tokeniser.learn(self._tables()).to_json().encode()
+        told = {"key": key, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        if held != told or folder.size(TOKENIZER) != len(data):
+            done = clock
+            folder.write(TOKENIZER, data)
+            write_json(folder, _LEARNT, told)
         return done
+
+    def _tables(self) -> Iterator[pa.Table]:
+        if self.tokeniser.learns:
+            yield from (_of_split(shard.load(), "train") for shard in self.shards)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +97,18 @@ class Encode:
 
     def _write(self, key: str) -> Outcome:
         records, number = self.shard.load(), self.shard.number
-        tokenizer = tokenizer_file(self.shelf).read_text()
+        tokenizer = self.shelf.folder.read(TOKENIZER).decode()
         results, parts = [], []
         for split in SPLITS:
-            folder = Path(self.shelf.folder, split)
-            for old in folder.glob(f"{number:05d}.*"):
-                old.unlink()
+            folder = self.shelf.folder / split
+            folder.remove(folder.names(f"{number:05d}.*"))
             if len(rows := _of_split(records, split)):
                 results.append(
                     self.tokeniser.write(
-                        rows, tokenizer=tokenizer, folder=str(folder), number=number
+                        rows, tokenizer=tokenizer, folder=folder.path, number=number
                     )
                 )
-                told = json.loads((folder / f"{number:05d}.json").read_bytes())
+                told = json.loads(folder.read(f"{number:05d}.json"))
                 for suffix, file in told["files"].items():
                     parts.append({"name": f"{split}/{number:05d}.{suffix}", **file})
         return self.shelf.put(number, key, results, rows=len(records), parts=parts)
@@ -115,48 +129,54 @@ def make_stores(
     from lmjax.data.tokenizer import tokenizer_from_json
 
     engine.map([Learn(tokeniser=tokeniser, shards=shards, shelf=shelf)])
-    text = tokenizer_file(shelf).read_text()
+    text = shelf.folder.read(TOKENIZER).decode()
     sha256 = digest(text)
-    engine.map(
+    done = engine.map(
         [
             Encode(tokeniser=tokeniser, shard=shard, shelf=shelf, tokenizer_sha256=sha256)
             for shard in shards
         ]
     )
-    shelf.tidy(len(shards))
+    shelf.tidy([each.outcomes[STAGE] for each in done])
     stores = {}
     for split in SPLITS:
-        folder = Path(shelf.folder, split)
-        for file in folder.glob("[0-9]*.*"):  # of shards that there are no more
-            if int(file.name[:5]) >= len(shards):
-                file.unlink()
-        if any(folder.glob("[0-9]*.json")):
+        folder = shelf.folder / split
+        names = folder.names("[0-9]*.*")
+        spare = [name for name in names if int(name.partition(".")[0]) >= len(shards)]
+        folder.remove(spare)  # of shards that there are no more
+        if any(name.endswith(".json") for name in set(names) - set(spare)):
             tokenizer = tokenizer_from_json(text)
-            stores[split] = dict(seal_store(folder, tokenizer=tokenizer, more=more))
+            stores[split] = dict(seal_store(folder.path, tokenizer=tokenizer, more=more))
     return stores
 
 
-def publish(shelf: Shelf, splits: Sequence[str], to: Path) -> None:
-    """Shows the stores in the folder `to`, without copying where the disk can link."""
-    made = to.with_name(f".{to.name}.tmp")
-    shutil.rmtree(made, ignore_errors=True)
-    for split in splits:
-        shutil.copytree(Path(shelf.folder, split), made / split, copy_function=_link)
-    shutil.rmtree(to, ignore_errors=True)
-    if made.exists():
-        made.rename(to)
+def publish(shelf: Shelf, stores: Mapping[str, Mapping[str, Any]], to: Folder) -> None:
+    """Shows the stores in the folder `to`, by links or copies inside an object store.
+
+    A store's manifest is the last file to come and the first to go, so that a store is there whole
+    or not at all. One that is there already stays, with what others wrote beside it.
+    """
+    for split in SPLITS:
+        made, shown = shelf.folder / split, to / split
+        if split in stores and _same(made, shown):
+            continue
+        shown.remove([MANIFEST])
+        shown.remove_all()
+        if split in stores:
+            names = [f"{t['name']}.{part}" for t in stores[split]["shards"] for part in SUFFIXES]
+            for name in [*names, TOKENIZER, MANIFEST]:
+                made.copy(name, shown)
 
 
-def tokenizer_file(shelf: Shelf) -> Path:
-    """Where the tokenizer lies."""
-    return Path(shelf.folder, "tokenizer.json")
-
-
-def _link(source: str, target: str) -> None:
+def _same(made: Folder, shown: Folder) -> bool:
+    """Whether what is shown is what was made: its manifest, and the sizes of all files."""
     try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
+        if made.read(MANIFEST) != shown.read(MANIFEST):
+            return False
+    except FileNotFoundError:
+        return False
+    own, there = made.files(), shown.files()
+    return all(there.get(name) == size for name, size in own.items())
 
 
 def _of_split(records: pa.Table, split: str) -> pa.Table:

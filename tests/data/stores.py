@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +27,7 @@ def write_store(
     *,
     sources: Sequence[str] = ("a",),
     num_shards: int = 1,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """A store of these documents, whose sources take turns, cut into shards."""
     names = [f"doc{number}" for number in range(len(documents))]
@@ -42,5 +45,5 @@ def write_store(
             names=names[here],
             vocab_size=257,
         )
-    seal_store(folder, tokenizer=ByteTokenizer())
+    seal_store(folder, tokenizer=ByteTokenizer(), more=more)
     return folder

@@ -264,6 +264,27 @@ def test_rows_are_packed_once_and_full(path: Path, monkeypatch: pytest.MonkeyPat
     )
 
 
+def test_each_epoch_and_source_has_a_permutation_of_its_own(path: Path) -> None:
+    documents = random_documents([8] * 40)
+    write_store(path / "equal", documents, sources=("a", "b"))
+    data = Tokens(path=str(path / "equal"), length=8, weights={"a": 1, "b": 1})
+    drawn = data._examples(3)._rows_of(np.arange(160))
+    a, b = (drawn[s::2].reshape(4, 20) for s in range(2))  # four epochs of twenty rows
+    for orders, first in ((a, 0), (b, 20)):
+        for order in orders:
+            assert sorted(order.tolist()) == list(range(first, first + 20))
+    orders = {tuple((order % 20).tolist()) for order in (*a, *b)}
+    assert len(orders) == 8 and tuple(range(20)) not in orders
+
+
+def test_a_store_that_is_made_anew_is_packed_anew(tmp_path: Path) -> None:
+    for seed in range(2):
+        documents = random_documents([9, 30, 4, 17 + seed], seed=seed)
+        write_store(tmp_path, documents)
+        data = Tokens(path=str(tmp_path), length=16)
+        check_rows([data._examples(0).rows(range(data.num_examples))], documents, "fit")
+
+
 def test_weights_draw_sources_in_proportion(path: Path) -> None:
     data = Tokens(path=str(path), length=32, weights={"a": 3, "b": 1})
     rows = np.diff(data._rows.first_rows)
@@ -279,6 +300,32 @@ def test_weights_draw_sources_in_proportion(path: Path) -> None:
     assert found == {1}
 
 
+def test_weights_of_the_preparation_are_the_default(path: Path, tmp_path: Path) -> None:
+    for weights, drawn in (
+        ({"a": 3.0, "b": 1.0}, {"a": 3, "b": 1}),
+        ({"a": 0.0, "b": 2.0, "gone": 1.0}, {"b": 1}),
+        ({"a": None, "b": None}, {}),
+    ):
+        folder = tmp_path / str(drawn)
+        written = {"sources": ("a", "b", "a"), "more": {"weights": weights}}
+        write_store(folder / "train", random_documents(SIZES), **written)
+        write_store(folder / "valid", random_documents([5, 40]), **written)
+        told = Tokens(path=str(folder), length=32)
+        given = replace(told, weights=drawn)
+        left, right = (take(d.batches(batch_size=4, seed=1), 20) for d in (told, given))
+        assert_same(left, right)
+        assert told.epochs(400) == given.epochs(400)
+        other = replace(told, weights={"a": 1, "b": 7})
+        assert not drawn or other.fingerprint != told.fingerprint
+        assert validation(told).epochs(validation(told).num_examples) == {str(folder): 1}
+        if drawn:
+            capped = replace(told, max_epochs={"b": 1.5})
+            limit = round(1.5 * np.diff(told._rows.first_rows)[1])
+            assert capped.epochs(10**6 if "a" in drawn else limit)["b"] == pytest.approx(
+                limit / np.diff(told._rows.first_rows)[1]
+            )
+
+
 def test_epochs_of_a_source_are_capped(path: Path) -> None:
     data = Tokens(path=str(path), length=32, weights={"a": 1, "b": 1}, max_epochs={"b": 1.5})
     rows = np.diff(data._rows.first_rows).tolist()
@@ -290,6 +337,7 @@ def test_epochs_of_a_source_are_capped(path: Path) -> None:
     assert data.epochs(6 * limit)["b"] == pytest.approx(limit / rows[1])
     ended = replace(data, max_epochs={"a": 1, "b": 1})
     total = sum(rows)
+    assert ended.epochs(10**9) == {"a": 1, "b": 1}
     source, rank = ended._plan[1].at(np.arange(total))
     for s in range(2):
         np.testing.assert_array_equal(rank[source == s], np.arange(rows[s]))
@@ -356,6 +404,7 @@ def test_fingerprints_tell_batches_apart(path: Path, data: Tokens, tmp_path: Pat
     others = [
         replace(data, length=31),
         replace(data, split="valid"),
+        replace(data, packing=next(packing for packing in PACKINGS if packing != data.packing)),
         replace(data, weights={"a": 1}),
         replace(data, weights={"a": 1}, max_epochs={"a": 2}),
         replace(data, path=str(tmp_path)),

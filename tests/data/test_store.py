@@ -19,7 +19,15 @@ import pytest
 from lmjax.data import remote
 from lmjax.data.cache import cache_folder
 from lmjax.data.packed import Tokens
-from lmjax.data.store import Store, find_store, seal_store, token_dtype, write_shard
+from lmjax.data.store import (
+    Store,
+    find_store,
+    own_sha256,
+    seal_store,
+    token_dtype,
+    verify_preparation,
+    write_shard,
+)
 from lmjax.data.survey import find_stores, spell_survey, survey
 from lmjax.data.tokenizer import ByteTokenizer
 from lmjax.errors import UserError
@@ -248,7 +256,7 @@ def test_an_object_store_that_lies_or_fails(
         Store(path).tokens(1)
     with pytest.raises(UserError, match="no token store"):
         find_store("memory://nowhere", "train")
-    with pytest.raises(UserError, match="no address that fsspec knows"):
+    with pytest.raises(UserError, match="that fsspec knows"):
         find_store("nosuch://bucket")
     assert not list(room.glob("*.tmp"))
 
@@ -334,3 +342,57 @@ def test_s3(folder: Path, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert cache_folder() in room.parents
     finally:
         server.stop()
+
+
+def test_a_tokenizer_elsewhere_is_read_and_what_changes_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    monkeypatch.setenv("LMJAX_CACHE", str(tmp_path))
+    for name, text in [("tokenizer.json", "a"), ("tokenizer_config.json", "b"), ("x.bin", "c")]:
+        memory.pipe_file(f"/published/{name}", text.encode())
+    suffixes = (".json", ".model")
+    folder = Path(remote.localised("memory://published", suffixes))
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    file = Path(remote.localised("memory://published/tokenizer.json", suffixes))
+    assert file.read_text() == "a" and (file.parent / "tokenizer_config.json").is_file()
+    memory.pipe_file("/published/tokenizer_config.json", b"d")
+    again = Path(remote.localised("memory://published/tokenizer.json", suffixes))
+    assert again != file and again.with_name("tokenizer_config.json").read_text() == "d"
+    assert Path(remote.localised("memory://published/x.bin", ())).read_text() == "c"
+    assert remote.localised("/a/b", ()) == "/a/b"
+    with pytest.raises(UserError, match="there is nothing at memory://unpublished"):
+        remote.localised("memory://unpublished", suffixes)
+
+
+def test_a_damaged_manifest_is_named(folder: Path, tmp_path: Path) -> None:
+    """A number that still makes sense, in a store's manifest or in the preparation's."""
+    text = (folder / "store.json").read_text()
+    manifest = json.loads(text)
+    assert list(verify_preparation(str(tmp_path), [str(folder)])) == []  # of no preparation
+    whole = {"tokens": {"train": manifest}, "sources": {"a": {"licence": "CC0"}}}
+    whole["sha256"] = own_sha256(whole)
+    told = tmp_path / "manifest.json"
+    told.write_text(json.dumps(whole))
+    assert list(verify_preparation(str(tmp_path), [str(folder)])) == []
+    told.write_text(json.dumps(whole).replace("CC0", "CC1"))
+    (damage,) = verify_preparation(str(tmp_path), [str(folder)])
+    assert "manifest.json is damaged (its sha256 is not its own)" in damage
+    for broken in ("", "[]", "{}"):
+        told.write_text(broken)
+        assert len(list(verify_preparation(str(tmp_path), [str(folder)]))) == 1
+    whole["tokens"]["train"]["sha256"] = "0"
+    whole["sha256"] = own_sha256(whole)
+    told.write_text(json.dumps(whole))
+    (damage,) = verify_preparation(str(tmp_path), [str(folder)])
+    assert "store.json is not of the preparation" in damage
+    (folder / "store.json").write_text(text.replace('"end_id": 256', '"end_id": 255'))
+    with pytest.raises(UserError, match=r"store\.json is no manifest .*its sha256 is not its own"):
+        _ = Store(str(folder)).manifest
+    (folder / "store.json").write_text(text)
+    (folder / "tokenizer.json").write_text("{}")
+    (damage,) = Store(str(folder)).verify()
+    assert "tokenizer.json is not the one that made the tokens" in damage

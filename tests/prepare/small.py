@@ -1,6 +1,6 @@
 """A small preparation that has every kind of stage, and a command that runs it.
 
-python -m tests.prepare.small OUT RUNNER INPUT
+python -m tests.prepare.small OUT RUNNER INPUT [WORKERS]
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def prepare(path: str, **changes: object) -> Prepare:
     settings = {
         "sources": {
             "lines": Source(path=f"{path}/*.txt", format="lines", licence="CC0", weight=2.0),
-            "objects": Source(path=f"{path}/*.jsonl"),
+            "objects": Source(path=f"{path}/*.jsonl", weight=1.0),
         },
         "stages": {"lower": Lower(), "same": Same(), "start": SameStart(), "again": Lower(least=9)},
         "split": Split(valid=0.2),
@@ -161,7 +161,7 @@ def _key(text: str) -> int:
 
 
 if __name__ == "__main__":
-    _, out_, runner, input_ = sys.argv
+    _, out_, runner, input_, *workers_ = sys.argv
     from tests.prepare.small import prepare as ours  # whose stages have this module's name
 
-    run(ours(input_), out_, engine=backend(runner, workdir=out_, workers=2))
+    run(ours(input_), out_, engine=backend(runner, workdir=out_, workers=int(*workers_ or [2])))

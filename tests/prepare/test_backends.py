@@ -41,6 +41,8 @@ def test_tasks_travel_and_their_errors_come_back():
     assert [d.seconds["x"][0] for d in unpacked(packed(Says(1), Says(2)))] == [1, 2]
     with pytest.raises(UserError, match="number 2"):
         unpacked(packed(Says(1), Says(2, UserError), Says(3, ValueError)))
+    with pytest.raises(OSError, match=r"^number 2$"):
+        unpacked(packed(Says(1), Says(2, OSError)))
     with pytest.raises(RuntimeError, match=r"(?s)Says failed:.*ValueError: number 3"):
         unpacked(packed(Says(3, ValueError)))
 

@@ -28,6 +28,7 @@ def test_mistakes_are_one_line_each(tmp_path):
     for arguments, message in [
         ((), "--config is not given"),
         ((f"--config={CONFIG}", f"--workdir={tmp_path}", "--runner=spark"), "should be one of"),
+        ((f"--config={CONFIG}", "--workdir=hf://datasets/a/b"), "is read, not written"),
         (
             (f"--config={CONFIG}", f"--workdir={tmp_path}", "--runner=inline"),
             "there is nothing at 'crawl'",

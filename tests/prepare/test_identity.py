@@ -58,6 +58,17 @@ def test_files(tmp_path):
         identity(Reads(str(tmp_path / "gone")))
 
 
+def test_files_elsewhere():
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    memory.pipe_file("/identity/x", b"a")
+    before = identity(Reads("memory://identity/x"))
+    memory.pipe_file("/identity/x", b"b")
+    assert identity(Reads("memory://identity/x")) != before
+    memory.rm_file("/identity/x")
+    with pytest.raises(UserError, match=r"memory://identity/x cannot be read.*A stage needs it"):
+        identity(Reads("memory://identity/x"))
+
+
 def test_what_cannot_be_recorded_is_told():
     with pytest.raises(UserError, match=r"stage\.x\.0 is .* make its class a frozen dataclass"):
         describe({"x": [object()]})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,15 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from lmjax.config import build, call, override
-from lmjax.data.store import Store
+from lmjax.data.folder import Folder
+from lmjax.data.pretrained import read_tokenizer
+from lmjax.data.store import Store, own_sha256, verify_preparation
+from lmjax.data.vocabulary import BPE, Pretrained
 from lmjax.errors import UserError
+from lmjax.prepare import exchange, tasks
 from lmjax.prepare.backends import RUNNERS, backend
 from lmjax.prepare.backends.inline import Inline
-from lmjax.prepare.pipeline import Prepare, alone, run, segments
+from lmjax.prepare.lock import alone
+from lmjax.prepare.pipeline import Prepare, run, segments
 from lmjax.prepare.read.jsonl import Jsonl
 from lmjax.prepare.read.source import Source
-from lmjax.prepare.split import Split
+from lmjax.prepare.split import SPLITS, Split
 from lmjax.prepare.stage import QUARANTINED, Result
+from lmjax.prepare.tokenise import Tokenise
 from tests.prepare import small
 
 
@@ -105,7 +113,7 @@ def test_the_stores_hold_the_texts(done):
     for split in ("train", "valid"):
         store = Store(str(out / "tokens" / split))
         assert store.manifest["licences"] == {"lines": "CC0", "objects": "unknown"}
-        assert store.manifest["weights"] == {"lines": 2.0, "objects": None}
+        assert store.manifest["weights"] == {"lines": 2.0, "objects": 1.0}
         texts = [row["text"] for row in records if row["split"] == split]
         assert store.manifest["tokens"] == sum(len(text) + 1 for text in texts)
 
@@ -165,6 +173,76 @@ def test_a_change_runs_what_follows_from_it(inputs, done, tmp_path):
     assert {name: found[name] for name in expected} == expected
 
 
+def test_stages_of_earlier_configs_are_kept_until_pruned(inputs, done, tmp_path, caplog):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    same = small.prepare(str(inputs))
+    changed = replace(same, stages={**same.stages, "again": small.Lower(least=20)})
+    first = {folder.name for folder in (out / "stages").iterdir()}
+    with caplog.at_level("INFO", "lmjax"):
+        run(changed, str(out), engine=Inline())
+    assert "3 folders of stages of earlier configs are kept for reuse. --prune" in caplog.text
+    both = {folder.name for folder in (out / "stages").iterdir()}
+    assert len(both - first) == 3  # again, split, tokens
+    assert run(same, str(out), engine=Refuses()) == done[1]
+    run(changed, str(out), engine=Refuses(), prune=True)
+    left = {folder.name for folder in (out / "stages").iterdir()}
+    assert len(first & left) == len(first) - 3 and both - first < left
+    run(changed, str(tmp_path / "fresh"), engine=Inline())
+    assert small.tree(out) == small.tree(tmp_path / "fresh")
+
+
+def test_the_manifest_tells_everything(inputs, done, tmp_path):
+    """And nothing of where or when: a copy of the input, of another time, gives the same."""
+    out, manifest = done
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert list(verify_preparation(str(out), [str(out / f"tokens/{s}") for s in SPLITS])) == []
+    records = records_of(out, "read")
+    for name, held in manifest["sources"].items():
+        pattern = "*.txt" if name == "lines" else "*.jsonl"
+        files = list(inputs.glob(pattern))
+        assert (held["files"], held["bytes"]) == (len(files), sum(f.stat().st_size for f in files))
+        assert held["records"]["read"] == sum(row["source"] == name for row in records)
+        assert held["licence"] == {"lines": "CC0", "objects": "unknown"}[name]
+    for row in manifest["stages"]:
+        gone = sum(row["dropped"].values()) + sum(row["quarantined"].values())
+        assert row["rows"] == row["kept"] + gone and len(row["sha256"]) == 64
+    for split, store in manifest["tokens"].items():
+        told = json.loads((out / f"tokens/{split}/store.json").read_text())
+        assert told == store and store["tokenizer_sha256"] and store["licences"] and store["code"]
+        for shard in store["shards"]:
+            for part, file in shard["files"].items():
+                data = (out / f"tokens/{split}/{shard['name']}.{part}").read_bytes()
+                assert file == {"bytes": len(data), "sha256": sha256(data).hexdigest()}
+    assert manifest["config"]["stages"]["lower"]["least"] == 4
+    copied = shutil.copytree(inputs, tmp_path / "in", copy_function=shutil.copyfile)
+    for file in copied.iterdir():
+        os.utime(file, (1, 1))
+    run(small.prepare(str(copied)), str(tmp_path / "out"), engine=Inline())
+    text = (tmp_path / "out" / "manifest.json").read_text().replace(str(copied), str(inputs))
+    again = json.loads(text)
+    again["sha256"] = own_sha256(again)
+    assert again == manifest
+
+
+def test_a_published_tokenizer_that_changes_makes_other_tokens(inputs, tmp_path):
+    file, pairs = tmp_path / "tokenizer.json", [BPE(vocab_size=n) for n in (260, 300)]
+    held = []
+    for vocabulary in pairs:
+        made = vocabulary.learn(["To The Of And In The To The Of And In"], [])
+        file.write_text(made.to_json())
+        read_tokenizer.cache_clear()
+        tokens = Tokenise(vocabulary=Pretrained(path=str(file)), engine="tokenizers")
+        prepare = small.prepare(str(inputs), stages={}, shard_bytes=10**6, tokens=tokens)
+        manifest = run(prepare, str(tmp_path / "out"), engine=Inline())
+        assert run(prepare, str(tmp_path / "out"), engine=Refuses()) == manifest
+        fresh = tmp_path / f"fresh{len(held)}"
+        assert run(prepare, str(fresh), engine=Inline()) == manifest
+        assert small.tree(tmp_path / "out" / "tokens") == small.tree(fresh / "tokens")
+        held.append(manifest["tokens"]["train"]["tokens"])
+    assert held[0] > held[1]
+
+
 def test_a_changed_file_is_read_again_alone(tmp_path):
     inputs = small.write_input(tmp_path / "in")
     out = tmp_path / "out"
@@ -184,6 +262,14 @@ def test_shards_change_no_record(inputs, done, tmp_path, shard_bytes):
     prepare = small.prepare(str(inputs), shard_bytes=shard_bytes, tokens=None)
     run(prepare, str(tmp_path), engine=Inline())
     assert records_of(tmp_path, "split") == records_of(done[0], "split")
+
+
+def test_memory_changes_no_record(inputs, done, tmp_path, monkeypatch):
+    """What meets is cut into many pieces and parts."""
+    monkeypatch.setattr(exchange, "_PART_BYTES", 100)
+    monkeypatch.setattr(tasks, "_EVIDENCE_BYTES", 10)
+    run(small.prepare(str(inputs)), str(tmp_path), engine=Inline())
+    assert small.tree(tmp_path) == small.tree(done[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +292,15 @@ def test_a_stage_that_does_not_add_up_ends_the_run(inputs, tmp_path, how):
     prepare = small.prepare(str(inputs), stages={"bad": Broken(how=how)}, tokens=None)
     with pytest.raises(RuntimeError, match=r"'bad' does not account for its records"):
         run(prepare, str(tmp_path), engine=Inline())
+
+
+def test_a_run_that_keeps_no_record_says_where_they_went(inputs, tmp_path):
+    prepare = small.prepare(str(inputs), stages={"lower": small.Lower(least=10**6)})
+    with pytest.raises(UserError, match=r"no record is left .*report\.md"):
+        run(prepare, str(tmp_path), engine=Inline())
+    told = json.loads((tmp_path / "report.json").read_text())["stages"]
+    assert [row["kept"] > 0 for row in told] == [True, False, False]
+    assert "too short" in (tmp_path / "report.md").read_text()
 
 
 def test_stages_are_cut_before_keyed_ones():
@@ -233,9 +328,10 @@ def test_config_reaches_the_format():
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with alone(tmp_path), pytest.raises(UserError, match="another run is at work"), alone(tmp_path):
+    out = Folder(str(tmp_path))
+    with alone(out), pytest.raises(UserError, match="another run is at work"), alone(out):
         pass
-    with alone(tmp_path):
+    with alone(out):
         pass
 
 
@@ -247,6 +343,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
         (lambda: small.prepare("x", stages={"a/b": small.Lower()}), "names a folder"),
         (lambda: small.prepare("x", stages={"a": 3}), "neither a Stage nor a Keyed"),
         (lambda: small.prepare("x", shard_bytes=0), "at least 1"),
+        (
+            lambda: Prepare(sources={"a": Source(path="x", weight=1.0), "b": Source(path="x")}),
+            "'b' has no weight, and others have one",
+        ),
         (lambda: Split(valid=1.0), r"in \[0, 1\)"),
         (lambda: Source(path="x", format="jsnl"), "Did you mean 'jsonl'"),
         (lambda: Source(path="x", weight=-1.0), "at least 0"),

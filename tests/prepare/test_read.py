@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import json
 import lzma
+import mailbox
 import os
 from email.message import EmailMessage
 from pathlib import Path
@@ -21,7 +22,7 @@ from lmjax.errors import UserError
 from lmjax.prepare.files import File, find
 from lmjax.prepare.read.decode import Undecodable, decode
 from lmjax.prepare.read.jsonl import Jsonl
-from lmjax.prepare.read.mail import Email
+from lmjax.prepare.read.mail import Email, Mbox
 from lmjax.prepare.read.pdf import Pdf
 from lmjax.prepare.read.sheet import Piece, Sheet
 from lmjax.prepare.read.source import Source
@@ -75,6 +76,8 @@ def put(tmp_path, name, data):
         (b"\xd6\xd0\xb9\xfa", "gb2312", "\u4e2d\u56fd", "decoded as gb18030, declared"),
         (b"x" * 3000 + b"\xe2\x82", None, "x" * 3000 + "\ufffd", "invalid UTF-8 replaced"),
         (b"\\ud800\xff \xff\xff", "unicode_escape", None, "decoded as cp1252, guessed"),
+        (b"x" * 100 + b"\xe9 \xe9", None, "x" * 100 + "\xe9 \xe9", "decoded as cp1252, guessed"),
+        (b"x" * 4000 + b"\xe9 \xe9", None, "x" * 4000 + "\ufffd \ufffd", "invalid UTF-8 replaced"),
         (b"\xff\xff\xff", "base64", "\xff\xff\xff", "decoded as cp1252, guessed"),
     ],
 )
@@ -94,6 +97,7 @@ def test_binary_is_no_text():
 PACKED = {
     "gz": gzip.compress,
     "members.gz": lambda data: gzip.compress(data[:99]) + gzip.compress(data[99:]),
+    "padded.gz": lambda data: gzip.compress(data) + bytes(512),
     "bz2": bz2.compress,
     "xz": lzma.compress,
     "plain": bytes,
@@ -273,6 +277,8 @@ def test_dirty_csv(tmp_path):
     offsets = [sum(len(line) + 1 for line in lines[:i]) for i in (2, 3, 6, 8, 9)]
     assert [b[1] for b in bad] == offsets
     assert sorted([g[0] for g in good] + [b[0] for b in bad]) == list(range(9))
+    twice = put(tmp_path, "c.csv", "n,text,n\n1,x,2\n")
+    assert read(Csv(), twice)[0] == [(0, "x", {"n": "1", "n.2": "2"})]
     tabs = put(tmp_path, "b.tsv", "a\tx, y\n")
     assert read(Csv(names=("n", "text")), tabs)[0] == [(0, "x, y", {"n": "a"})]
 
@@ -399,6 +405,31 @@ def test_no_mail_is_quarantined(tmp_path, data, reason):
     assert not good and len(bad) == 1 and reason in bad[0][2]
 
 
+def test_a_mailbox_against_the_library(tmp_path):
+    box = mailbox.mbox(tmp_path / "a.mbox")
+    bodies = [f"{i}\n\nFrom here on, 12:30 in 1999 it was\nFrom me\n" for i in range(5)]
+    for body in bodies:
+        message = EmailMessage()
+        message["Subject"] = "x"
+        message.set_content(body)
+        box.add(message)
+    box.flush()
+    path = tmp_path / "a.mbox"
+    good, bad, _ = read(Mbox(), path)
+    assert [g[:2] for g in good] == list(enumerate(bodies)) and not bad
+    assert {g[2]["subject"] for g in good} == {"x"}
+    whole, count = path.read_bytes(), len(bodies)
+    path.write_bytes(b"not yet\n\n" + whole.replace(b"Subject: x\n", b"\0broken", 1))
+    good, bad, _ = read(Mbox(body="source"), path)
+    assert len(good) + len(bad) == count + 1 and bad[0][:2] == (0, 0)
+    assert "no mailbox" in bad[0][2] and whole[bad[1][1] - 9 :].startswith(b"From ")
+    assert read(Mbox(), put(tmp_path, "b.mbox", b""))[:2] == ([], [])
+    date = b"Mon Jan  1 00:00:00 2001\n"
+    one = b"From a " + date + b"Subject: y\n\nsaid:\nFrom b " + date + b"\nFrom then on\n"
+    ((_, text, _),), bad, _ = read(Mbox(), put(tmp_path, "c.mbox", one))  # neither begins one
+    assert text == one.partition(b"\n\n")[2].decode().rstrip("\n") and not bad
+
+
 # PDF
 
 
@@ -432,6 +463,23 @@ def test_find(tmp_path):
             find(path)
 
 
+def test_a_file_whose_name_is_no_text(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    try:
+        (tmp_path / name).write_text("x")
+    except (OSError, UnicodeError):
+        pytest.skip("this file system has no such names")
+    (file,) = find(str(tmp_path))
+    sheet = Sheet("s")
+    sheet.begin(file)
+    for _ in Text().read(Piece(file=file), sheet):
+        pass
+    sheet.bad(1, 0, "a test", b"")
+    result = sheet.take()
+    assert result.kept["id"].to_pylist() == ["s/caf\\xe9.txt#0"]
+    assert result.quarantined["file"].to_pylist() == ["caf\\xe9.txt"]
+
+
 def test_format_by_suffix():
     names = {
         "a.txt": Text,
@@ -443,6 +491,7 @@ def test_format_by_suffix():
         "f.htm": Html,
         "CC-1.warc.gz": Warc,
         "g.eml": Email,
+        "g.mbox.gz": Mbox,
         "h.pdf": Pdf,
     }
     source = Source(path="x")
@@ -454,6 +503,7 @@ def test_format_by_suffix():
 
 
 def test_a_file_that_is_gone_is_counted(tmp_path):
+    from lmjax.data.folder import Folder
     from lmjax.prepare.shelf import Shelf
     from lmjax.prepare.tasks import Read
 
@@ -464,7 +514,7 @@ def test_a_file_that_is_gone_is_counted(tmp_path):
         number=0,
         source="s",
         pieces=[(Piece(file=gone), Text()), (Piece(file=here), Text()), (Piece(file=odd), None)],
-        shelf=Shelf(str(tmp_path / "out"), "key"),
+        shelf=Shelf(Folder(str(tmp_path / "out")), "key"),
     )
     outcome = task.run().outcomes["read"]
     assert (outcome["kept"], outcome["rows"]) == (1, 3)

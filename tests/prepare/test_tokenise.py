@@ -255,8 +255,10 @@ def test_a_sample_depends_on_ids_alone(tmp_path: Path) -> None:
         expected = [text for text, used in zip(chosen, before, strict=True) if used < size]
         assert spy.seen == [expected] and 0 < len(expected) <= 200
     assert Tokenise(vocabulary=Bytes()).learn([]) == ByteTokenizer()
-    with pytest.raises(UserError, match="no record is in the sample"):
+    with pytest.raises(UserError, match="no record is left to learn"):
         Tokenise().learn([])
+    with pytest.raises(UserError, match="no record is in the sample"):
+        Tokenise(sample_fraction=1e-15).learn(parts)
 
 
 def test_prepare_needs_no_jax() -> None:

@@ -1,4 +1,4 @@
-"""Augmentation of text: span corruption, word dropout, and back-translation by any callable.
+"""Augmentation of text: span corruption, word and token dropout, back-translation by a callable.
 
 Every function is pure in (example, seed, index). T tokens, N spans.
 """
@@ -106,6 +106,34 @@ class WordDropout:
         if words and not kept.any():
             kept[random.integers(len(words))] = True
         return "".join(word for word, keep in zip(words, kept.tolist(), strict=True) if keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDropout:
+    """Replaces each token that a model reads by one id, with a probability; not what it predicts.
+
+    Source: Bowman et al., arXiv:1511.06349, section 3.1, word dropout of a decoder's inputs.
+
+    Args:
+      id: of the unknown token, or of a mask.
+      rate: the probability.
+      keep: ids that stay: a document's end, padding.
+    """
+
+    id: int
+    rate: float = 0.1
+    keep: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses a rate that is none."""
+        if not 0 <= self.rate <= 1:
+            raise UserError(f"rate is {self.rate}: give one in [0, 1].")
+
+    def __call__(self, tokens: np.ndarray, *, seed: int, index: int) -> np.ndarray:
+        """The tokens of example `index`, int [T], some of them replaced."""
+        drop = generator(seed, index, name="token dropout").random(len(tokens)) < self.rate
+        kept = np.isin(tokens, np.asarray(self.keep, tokens.dtype))
+        return np.where(drop & ~kept, np.asarray(self.id, tokens.dtype), tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,12 +32,14 @@ class Failed:
 
     task: str
     error: str
-    user: bool
+    kind: str = ""
 
     def throw(self) -> None:
         """Raises it here."""
-        if self.user:
+        if self.kind == "user":
             raise UserError(self.error)
+        if self.kind == "machine":
+            raise OSError(self.error)
         raise RuntimeError(f"{self.task} failed:\n{self.error}")
 
 
@@ -79,9 +81,11 @@ def run_packed(packed: bytes) -> bytes:
     try:
         found: Done | Failed = task.run()
     except UserError as error:
-        found = Failed(type(task).__name__, str(error), user=True)
+        found = Failed(type(task).__name__, str(error), "user")
+    except OSError as error:  # a full disk, a store that does not answer
+        found = Failed(type(task).__name__, str(error), "machine")
     except Exception:  # whatever a stage of the user's raises
-        found = Failed(type(task).__name__, traceback.format_exc(), user=False)
+        found = Failed(type(task).__name__, traceback.format_exc())
     return pickle.dumps(found)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from lmjax.data.folder import Folder
 from lmjax.errors import UserError
 from lmjax.prepare.backends import pack, run_packed, unpacked
-from lmjax.prepare.shelf import write_atomically
 from lmjax.prepare.tasks import Done, Task
 
 
@@ -33,17 +32,17 @@ class Beam:
     def map(self, tasks: Sequence[Task]) -> list[Done]:
         """Runs them, shuffled so that no two are fused into one worker's chain."""
         beam = self._beam
-        Path(self._workdir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".beam", dir=self._workdir) as folder:
-            elements = [(i, pack(task), folder) for i, task in enumerate(tasks)]
-            options = beam.options.pipeline_options.PipelineOptions(self._options)
+        folder = Folder(self._workdir) / f".beam-{uuid.uuid4().hex}.tmp"
+        elements = [(i, pack(task), folder.path) for i, task in enumerate(tasks)]
+        options = beam.options.pipeline_options.PipelineOptions(self._options)
+        try:
             with beam.Pipeline(options=options) as pipeline:
                 _ = pipeline | beam.Create(elements) | beam.Reshuffle() | beam.Map(_run)
-            files = [Path(folder, f"{i}.pickle") for i in range(len(tasks))]
-            return unpacked([file.read_bytes() for file in files])
+            return unpacked([folder.read(f"{i}.pickle") for i in range(len(tasks))])
+        finally:
+            folder.remove_all()
 
 
 def _run(element: tuple[int, bytes, str]) -> None:
     number, packed, folder = element
-    done = run_packed(packed)
-    write_atomically(Path(folder, f"{number}.pickle"), lambda made: made.write_bytes(done))
+    Folder(folder).write(f"{number}.pickle", run_packed(packed))

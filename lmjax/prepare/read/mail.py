@@ -1,4 +1,4 @@
-"""E-mail: one message a file."""
+"""E-mail: one message a file, or many in a mailbox."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from typing import Literal
 
 from lmjax.prepare.read.decode import Undecodable, decode
 from lmjax.prepare.read.sheet import Piece, Sheet, to_meta
-from lmjax.prepare.read.text import read_whole
+from lmjax.prepare.read.text import lines_of, read_whole
 
 _HEADERS = ("subject", "from", "to", "date", "message-id", "list-id")
 _BLANK = re.compile(rb"\r?\n\r?\n")
+# What begins a message in a mailbox: its sender, and when it came as ctime spells it (RFC 4155).
+_ENVELOPE = re.compile(rb"From \S*.*\d\d?:\d\d.*\d{4}\s*$")
+_QUOTED = re.compile(rb"^>(>*From )", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +35,10 @@ class Email:
 
     def read(self, piece: Piece, sheet: Sheet) -> Iterator[None]:
         """Reads a message; broken MIME gives what the standard library can make of it."""
-        yield from read_whole(piece, sheet, self._add)
+        yield from read_whole(piece, sheet, self.add)
 
-    def _add(self, sheet: Sheet, number: int, offset: int, data: bytes) -> None:
+    def add(self, sheet: Sheet, number: int, offset: int, data: bytes) -> None:
+        """Adds a message, or says why it is none."""
         try:
             message = email.message_from_bytes(data)
             if not message.keys():
@@ -55,6 +59,45 @@ class Email:
         if message.defects:
             sheet.counts["e-mails with broken headers or parts"] += 1
         sheet.add(number, text, to_meta(meta))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mbox:
+    """A file holds many messages, each after a line "From SENDER DATE" that follows an empty one.
+
+    Source: RFC 4155; lines that begin with ">From " lose a ">", as in the form mboxrd.
+
+    Attributes:
+      body: as that of `Email`.
+    """
+
+    body: Literal["text", "source"] = "text"
+
+    def read(self, piece: Piece, sheet: Sheet) -> Iterator[None]:
+        """Reads message by message; what stands before the first is quarantined."""
+        form, number, begin, lines = Email(body=self.body), 0, 0, list[bytes]()
+        blank = True
+        for _, offset, line in lines_of(piece, sheet):
+            if blank and _ENVELOPE.match(line):
+                if self._end(form, sheet, number, begin, lines):
+                    number += 1
+                    yield
+                begin, lines = offset, []
+            lines.append(line)
+            blank = not line.strip()
+        self._end(form, sheet, number, begin, lines)
+        yield
+
+    @staticmethod
+    def _end(form: Email, sheet: Sheet, number: int, offset: int, lines: list[bytes]) -> bool:
+        """Adds the message that some lines are; returns whether there was any."""
+        if lines and _ENVELOPE.match(lines[0]):
+            form.add(sheet, number, offset, _QUOTED.sub(rb"\1", b"\n".join(lines[1:])))
+            return True
+        data = b"\n".join(lines)
+        if data.strip():
+            sheet.bad(number, offset, "no mailbox: no line 'From SENDER DATE' begins it", data)
+        return bool(data.strip())
 
 
 def _readable(message: Message) -> tuple[str, str, str]:

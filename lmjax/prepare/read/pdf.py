@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class Pdf:
 def _add(sheet: Sheet, number: int, offset: int, data: bytes) -> None:
     import pypdf
 
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # what it warns of is told by quarantine
     try:
         reader = pypdf.PdfReader(io.BytesIO(data))
         pages = [page.extract_text() for page in reader.pages]

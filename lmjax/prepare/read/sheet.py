@@ -46,8 +46,8 @@ class Sheet:
     file: str = ""
 
     def begin(self, file: File) -> None:
-        """Records that follow are of this file."""
-        self.file = file.name
+        """Records that follow are of this file; bytes of its name that are no text are spelled."""
+        self.file = file.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
     def add(self, number: int, text: str, meta: str = "") -> None:
         """A record that was read: its number in the file, and its other fields as JSON."""

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from lmjax.errors import UserError, did_you_mean
 from lmjax.prepare.files import File
 from lmjax.prepare.read.jsonl import Jsonl
-from lmjax.prepare.read.mail import Email
+from lmjax.prepare.read.mail import Email, Mbox
 from lmjax.prepare.read.pdf import Pdf
 from lmjax.prepare.read.sheet import Piece, Sheet
 from lmjax.prepare.read.table import Csv, Parquet
@@ -42,6 +42,7 @@ FORMATS: dict[str, type] = {
     "html": Html,
     "warc": Warc,
     "email": Email,
+    "mbox": Mbox,
     "pdf": Pdf,
 }
 _SUFFIX_OF = {
@@ -52,6 +53,7 @@ _SUFFIX_OF = {
     "html": ".html .htm .xhtml",
     "warc": ".warc",
     "email": ".eml",
+    "mbox": ".mbox",
     "pdf": ".pdf",
 }
 _BY_SUFFIX = {suffix: name for name, all_ in _SUFFIX_OF.items() for suffix in all_.split()}
@@ -66,8 +68,9 @@ class Source:
       format: "auto" tells each file's by its suffix; else one of `FORMATS`, or a format itself,
         with settings of its own: call(Jsonl, text="content").
       licence: under which the texts may be used; the manifest says so for every source.
-      weight: how often a training run draws from it, in proportion to other sources; None draws
-        from each as much as it holds.
+      weight: its share of what a training run draws, in proportion to other sources', all of
+        which then need one; 0 for none. None: of each source as much as it holds. The run's own
+        `Tokens(weights=...)` replaces them.
     """
 
     path: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -83,7 +83,7 @@ class Csv:
     """A row is a record, one of whose columns is the text; the first row names the columns.
 
     A row with too few or too many cells is quarantined, and so is a cell that no quote ends. Cells
-    may hold line breaks within quotes.
+    may hold line breaks within quotes. A second column of one name, "n", is "n.2".
 
     Attributes:
       text: the column that holds the text.
@@ -104,7 +104,7 @@ class Csv:
         names, number = list(self.names), 0
         for offset, text, cells, reason in _rows(piece, sheet, delimiter):
             if not names and not reason:
-                names = cells
+                names = _distinct(cells)
                 continue
             if not reason and len(cells) != len(names):
                 reason = f"{len(cells)} cells where there are {len(names)} columns"
@@ -139,6 +139,16 @@ def _rows(
             sheet.counts.update(feed.repairs)
         if cells or reason:
             yield offset, data, cells, reason
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names of columns; the second "n" is "n.2", so that no cell is lost."""
+    seen: Counter[str] = Counter()
+    out = []
+    for name in names:
+        seen[name] += 1
+        out.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
+    return out
 
 
 class _Feed:

@@ -31,7 +31,7 @@ class Decontaminate:
     Source: Brown et al. (GPT-3), arXiv:2005.14165, appendix C. Departures: n-grams that stand in
     many documents count as all others do; what a document is cut into stays one record. Items of
     fewer than `ngram` words, but of `min_words` at least, are looked for whole. Case, punctuation
-    and white space are ignored.
+    and white space are ignored. What is dropped is listed with the first n-gram that it shares.
 
     Args:
       paths: files, folders or globs of evaluation sets: .jsonl and .json (every string in an item,
@@ -81,7 +81,8 @@ class Decontaminate:
             for i, spans, sources in index.overlaps(found):
                 row = piece.start + i
                 names = [index.names[source] for source in sources]
-                details[row] = f"{len(spans)} n-grams of {', '.join(names)}"
+                first = " ".join(texts[row][slice(*spans[0].tolist())].split())
+                details[row] = f"{len(spans)} n-grams of {', '.join(names)}, first: {first}"
                 for name in ("records overlapping", *(f"records overlapping {n}" for n in names)):
                     counts[name] += 1
                 if self.mode == "drop":

@@ -8,6 +8,7 @@ its run, named in the config like any other.
 from __future__ import annotations
 
 import functools
+import http.client
 import json
 import os
 import time
@@ -270,8 +271,9 @@ class Endpoint:
                     again = error.code == 429 or error.code >= 500
                     told = error.headers.get("Retry-After", "")
                     wait = float(told) if told.isdigit() else wait
-            except (OSError, TimeoutError) as error:  # refused, reset, timed out; URLError is one
-                why, again = f"{getattr(error, 'reason', error)}", True
+            except (OSError, http.client.HTTPException) as error:
+                # refused, reset, timed out (URLError is one); no HTTP, or half an answer
+                why, again = f"{getattr(error, 'reason', error) or type(error).__name__}", True
             if not again or not left:
                 raise Unlabelled(f"{self.url}: {why}")
             time.sleep(wait)

@@ -187,33 +187,31 @@ class Near:
 
     def settle(self, decisions: pa.Table) -> pa.Table:
         """Groups: each member's `group`, the id of its first, and its nearest earlier member."""
-        later, earlier = decisions["order"].to_pylist(), decisions["other_order"].to_pylist()
-        parent: dict[int, int] = {}
-
-        def root(node: int) -> int:
-            top = parent.setdefault(node, node)
-            while top != parent[top]:
-                top = parent[top]
-            while node != top:
-                parent[node], node = top, parent[node]
-            return top
-
-        names = dict(zip(earlier, decisions["other"].to_pylist(), strict=True))
-        names.update(zip(later, decisions["id"].to_pylist(), strict=True))
-        nearest: dict[int, tuple[float, int]] = {}
-        for a, b, index in zip(later, earlier, decisions["jaccard"].to_pylist(), strict=True):
-            low, high = sorted((root(a), root(b)))
-            parent[high] = low  # the root is the first of its group
-            nearest[a] = max(nearest.get(a, (0.0, 0)), (index, -b))
-        members = sorted(names)
-        near = [nearest.get(node) for node in members]
+        both = [decisions[name].to_numpy() for name in ("order", "other_order")]
+        nodes, where = np.unique(np.concatenate(both), return_index=True)
+        later, earlier = (np.searchsorted(nodes, orders) for orders in both)
+        root = _roots(later, earlier, len(nodes))
+        # The nearest earlier member: of the largest index, and of those the first.
+        index = decisions["jaccard"].to_numpy()
+        sort = np.lexsort((earlier, -index, later))
+        first = np.ones(len(sort), bool)
+        first[1:] = np.diff(later[sort]) != 0
+        best = sort[first]
+        other = np.full(len(nodes), -1, np.int64)
+        other[later[best]] = earlier[best]
+        near = np.zeros(len(nodes))
+        near[later[best]] = index[best]
+        chunks = [chunk for name in ("id", "other") for chunk in decisions[name].chunks]
+        names = pa.chunked_array(chunks, pa.string()).take(pa.array(where))
+        alone = pa.array(other < 0)
+        null = pa.scalar(None, pa.int64())
         return pa.table(
             {
-                "id": pa.array([names[node] for node in members], pa.string()),
-                "order": pa.array(members, pa.int64()),
-                "group": pa.array([names[root(node)] for node in members], pa.string()),
-                "other": pa.array([names[-n[1]] if n else None for n in near], pa.string()),
-                "jaccard": pa.array([n[0] if n else None for n in near], pa.float64()),
+                "id": names,
+                "order": nodes,
+                "group": names.take(pa.array(root)),
+                "other": names.take(pc.if_else(alone, null, pa.array(other))),
+                "jaccard": pc.if_else(alone, pa.scalar(None, pa.float64()), pa.array(near)),
             }
         )
 
@@ -275,6 +273,20 @@ class Near:
                 key = words.mix(key ^ np.minimum.reduceat(permuted, starts_N))
             keys[:, band] = key
         return keys
+
+
+def _roots(left: np.ndarray, right: np.ndarray, size: int) -> np.ndarray:
+    """The least node of each node's connected component, given the ends of all edges."""
+    root = np.arange(size)
+    while True:
+        ends = root[left], root[right]
+        low, high = np.minimum(*ends), np.maximum(*ends)
+        apart = low != high
+        if not apart.any():
+            return root
+        np.minimum.at(root, high[apart], low[apart])
+        while not np.array_equal(higher := root[root], root):
+            root = higher
 
 
 def _pair_keys(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -13,7 +13,16 @@ import pyarrow as pa
 
 from lmjax.prepare.stage import Result
 from lmjax.prepare.stages import words
-from lmjax.prepare.stages.rules import Rule, batches, judge, repeats, segment_sums
+from lmjax.prepare.stages.rules import (
+    Rule,
+    Wording,
+    batches,
+    check_wording,
+    judge,
+    repeats,
+    segment_sums,
+    words_of,
+)
 
 _TOP, _DUPLICATE = (2, 3, 4), (5, 6, 7, 8, 9, 10)
 
@@ -43,6 +52,7 @@ class Repetition:
       duplicate_8grams: in duplicate 8-grams.
       duplicate_9grams: in duplicate 9-grams.
       duplicate_10grams: in duplicate 10-grams.
+      words: as those of `GopherQuality`; limits on n-grams are made for words with spaces.
     """
 
     duplicate_lines: float | None = 0.30
@@ -58,13 +68,18 @@ class Repetition:
     duplicate_8grams: float | None = 0.12
     duplicate_9grams: float | None = 0.11
     duplicate_10grams: float | None = 0.10
+    words: Wording = "spaces"
+
+    def __post_init__(self) -> None:
+        """Refuses words that are none."""
+        check_wording(self.words)
 
     def __call__(self, records: pa.Table) -> Result:
         """Drops what breaks a rule."""
         return judge(records, (self._rules(texts) for texts in batches(records)))
 
     def _rules(self, texts: Sequence[str]) -> list[Rule]:
-        measured = {**_parts(texts), **_ngrams(texts)}
+        measured = {**_parts(texts), **_ngrams(words_of(texts, self.words))}
         return [Rule(name, values, None, getattr(self, name)) for name, values in measured.items()]
 
 
@@ -81,34 +96,36 @@ def _parts(texts: Sequence[str]) -> dict[str, np.ndarray]:
     }
 
 
-def _ngrams(texts: Sequence[str]) -> dict[str, np.ndarray]:
+def _ngrams(found: words.Words) -> dict[str, np.ndarray]:
     """Fractions of characters in the top n-gram, and in n-grams that stand more than once."""
-    found = words.spaced_words(texts)
+    num_texts = len(found.offsets_N1) - 1
     lengths_W, offsets = found.lengths_W, found.offsets_N1
     ends_W1 = np.concatenate([[0], np.cumsum(lengths_W)])
     total_N = np.maximum(segment_sums(lengths_W, offsets), 1)
-    text_W = np.repeat(np.arange(len(texts)), np.diff(offsets))
+    text_W = np.repeat(np.arange(num_texts), np.diff(offsets))
     # One hash for a word in one text: equal n-grams of different texts are then different.
     own_W = words.mix(found.hashes_W ^ words.mix(text_W.astype(np.uint64)))
-    bounds = np.array([0, len(own_W)])
     # A longer n-gram can stand twice only where a shorter one does: candidates dwindle.
     at = np.arange(len(own_W))
+    # The n-gram that begins at a word: the sum of its words times powers of a prime.
+    sums_W, factor = own_W.copy(), 1
     out: dict[str, np.ndarray] = {}
     for n in (*_TOP, *_DUPLICATE):
-        hashes_G, _ = words.ngrams(own_W, bounds, n)
-        at = at[at + n <= len(own_W)]
-        at = at[text_W[at + n - 1] == text_W[at]]
-        at, first, count = _repeated(hashes_G[at], at)
+        inside = at + n <= len(own_W)
+        inside[inside] = text_W[at[inside] + n - 1] == text_W[at[inside]]
+        at, factor = at[inside], factor * int(words.PRIME) & 0xFFFFFFFFFFFFFFFF
+        sums_W[at] += own_W[at + n - 1] * np.uint64(factor)
+        at, first, count = _repeated(words.mix(sums_W[at]), at)
         if n in _TOP:
-            top_N = np.zeros((2, len(texts)), np.int64)
+            top_N = np.zeros((2, num_texts), np.int64)
             size = ends_W1[first + n] - ends_W1[first]
             best = np.lexsort((size, count))  # the last of a text wins
             top_N[:, text_W[first[best]]] = count[best], size[best]
             out[f"top_{n}gram"] = top_N[0] * top_N[1] / total_N
         else:
             steps = np.zeros(len(own_W) + 1, np.int64)
-            np.add.at(steps, at, 1)
-            np.add.at(steps, at + n, -1)
+            steps[at] = 1  # places are distinct
+            steps[at + n] -= 1
             covered_W = np.cumsum(steps[:-1]) > 0
             out[f"duplicate_{n}grams"] = segment_sums(covered_W * lengths_W, offsets) / total_N
     return out
@@ -116,11 +133,13 @@ def _ngrams(texts: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _repeated(hashes_G: np.ndarray, at_G: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of what stands twice or more: where each stands; where each first does, and how often."""
-    sort = np.argsort(hashes_G, kind="stable")
+    sort = np.argsort(hashes_G)
     ordered = hashes_G[sort]
     new = np.ones(len(ordered), bool)
     new[1:] = ordered[1:] != ordered[:-1]
     starts = np.flatnonzero(new)
     count = np.diff(np.append(starts, len(ordered)))
-    often = np.repeat(count > 1, count)
-    return np.sort(at_G[sort[often]]), at_G[sort[starts[count > 1]]], count[count > 1]
+    again = np.zeros(len(ordered), bool)
+    again[sort] = np.repeat(count > 1, count)
+    first = np.minimum.reduceat(at_G[sort], starts) if len(starts) else at_G
+    return at_G[again], first[count > 1], count[count > 1]

@@ -19,7 +19,7 @@ import numpy as np
 
 # Characters that are worked on at once: their arrays (8 bytes a character) stay in the cache.
 CHUNK = 1 << 17
-_PRIME = np.uint64(0x9E3779B97F4A7C15)
+PRIME = np.uint64(0x9E3779B97F4A7C15)
 # Scripts whose words are not spaced: each of their letters is a word of its own.
 _UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
@@ -108,7 +108,7 @@ def ngrams(hashes_W: np.ndarray, offsets_N1: np.ndarray, n: int) -> tuple[np.nda
     factor = np.uint64(1)
     for i in range(n):
         whole += hashes_W[i : i + total] * factor
-        factor = _times(factor, _PRIME)
+        factor = _times(factor, PRIME)
     if len(counts) == 1:
         return mix(whole[: counts[0]]), offsets
     return mix(whole[positions(offsets_N1[:-1], counts)]), offsets
@@ -176,7 +176,7 @@ def _normal_tables() -> tuple[np.ndarray, np.ndarray]:
                 lower[code] = ord(small)
     for begin, end in _UNSPACED:
         classes[begin : end + 1] += classes[begin : end + 1] & _RUN  # which makes it _ALONE
-    return mix((lower + 1).astype(np.uint64) * _PRIME), classes
+    return mix((lower + 1).astype(np.uint64) * PRIME), classes
 
 
 @functools.lru_cache(maxsize=1)
@@ -189,18 +189,18 @@ def _spaced_tables() -> tuple[np.ndarray, np.ndarray]:
         elif character.isspace():
             classes[code] = 0
     # All code points above the tables' share one value: they are private, or unassigned.
-    return mix(np.arange(1, _PLANES + 2).astype(np.uint64) * _PRIME), classes
+    return mix(np.arange(1, _PLANES + 2).astype(np.uint64) * PRIME), classes
 
 
 def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """_PRIME^i modulo 2^64 and its inverses, for i < size or more."""
+    """PRIME^i modulo 2^64 and its inverses, for i < size or more."""
     return _power_table(1 << max(size - 1, CHUNK * 2 - 1).bit_length())
 
 
 @functools.lru_cache(maxsize=1)
 def _power_table(size: int) -> tuple[np.ndarray, np.ndarray]:
-    inverse = np.uint64(pow(int(_PRIME), -1, 1 << 64))
-    return _geometric(_PRIME, size), _geometric(inverse, size)
+    inverse = np.uint64(pow(int(PRIME), -1, 1 << 64))
+    return _geometric(PRIME, size), _geometric(inverse, size)
 
 
 def _geometric(base: np.uint64, size: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lmjax.config import build, call, ref
 from lmjax.data.augment.audio import Gain, Noise, SpecAugment, TimeShift
 from lmjax.data.augment.image import ColourJitter, Cutout, Flip, RandomCrop
-from lmjax.data.augment.text import BackTranslation, SpanCorruption, WordDropout
+from lmjax.data.augment.text import BackTranslation, SpanCorruption, TokenDropout, WordDropout
 from lmjax.errors import UserError
 
 RANDOM = np.random.default_rng(0)
@@ -38,6 +38,7 @@ def exclaim(text: str) -> str:
     [
         (CORRUPTION, TOKENS),
         (WordDropout(rate=0.5), "one two  three\nfour five six seven eight"),
+        (TokenDropout(id=7, rate=0.5), TOKENS),
         (BackTranslation(forward=upper, back=exclaim, rate=0.5), "text"),
         (RandomCrop(height=8, width=6, padding=2), IMAGE),
         (Flip(), IMAGE),

@@ -3,6 +3,7 @@
 Bars: 0.99 of what is planted is replaced, whole, and 0.98 of what is replaced was planted.
 """
 
+import itertools
 import random
 import re
 import string
@@ -54,6 +55,9 @@ def phone(draw: random.Random) -> str:
             f"+33 1 42 68 {last[:2]} {last[2:]}",
             f"+86 138 0013 {last}",
             f"call {area}{middle}{last}",
+            f"+39 06 698 1{last}",
+            f"0049 30 901820{last[:2]}",
+            f"+55 11 91234-{last}",
         ]
     )
 
@@ -102,7 +106,7 @@ def ip(draw: random.Random) -> str:
 
 
 def secret(draw: random.Random) -> str:
-    form = draw.randrange(7)
+    form = draw.randrange(11)
     if form == 0:
         return "AKIA" + token(draw, 16, string.ascii_uppercase + "234567")
     if form == 1:
@@ -116,10 +120,51 @@ def secret(draw: random.Random) -> str:
         return f"sk-{token(draw, 48)}"
     if form == 5:
         return f"AIza{token(draw, 35)}"
+    if form == 6:
+        return f"Bearer {token(draw, 30)}{digits(draw, 4)}"
+    if form == 7:
+        return f"xoxb-{digits(draw, 12)}-{digits(draw, 12)}-{token(draw, 24)}"
+    if form == 8:
+        return f"SG.{token(draw, 22)}.{token(draw, 43)}"
+    if form == 9:
+        return f"github_pat_{token(draw, 22)}_{token(draw, 59)}"
     return f"api_key = '{token(draw, 16)}{digits(draw, 16)}'"
 
 
-PLANTED = {f.__name__: f for f in (email, phone, card, iban, ssn, ip, secret)}
+def id_(draw: random.Random) -> str:
+    """Of six countries; their checks by the definitions, or numbers that are published examples."""
+    form = draw.randrange(6)
+    if form == 0:
+        number = digits(draw, 9)
+        for _ in range(2):
+            rest = (
+                sum(int(d) * w for d, w in zip(reversed(number), range(2, 12), strict=False)) % 11
+            )
+            number += str(0 if rest < 2 else 11 - rest)
+        return f"{number[:3]}.{number[3:6]}.{number[6:9]}-{number[9:]}"
+    if form == 1:
+        number = f"110105{draw.randint(1940, 2009)}{draw.randint(1, 12):02d}1{draw.randint(0, 9)}"
+        number += digits(draw, 3)
+        weights = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
+        known = sum(int(d) * w for d, w in zip(number, weights, strict=True))
+        return number + next("0123456789X"[c] for c in range(11) if (known + c) % 11 == 1)
+    if form == 2:
+        number = f"{draw.choice('12')}{digits(draw, 2)}{draw.randint(1, 12):02d}{digits(draw, 8)}"
+        plain = f"{number}{97 - int(number) % 97:02d}"
+        cuts = (0, 1, 3, 5, 7, 10, 13, 15)
+        gap = draw.choice(["", " "])
+        return gap.join(plain[i:j] for i, j in itertools.pairwise(cuts))
+    if form == 3:
+        gap = draw.choice(["", " "])
+        pairs = [digits(draw, 2) for _ in range(3)]
+        return gap.join([draw.choice(["AB", "JK", "PX"]), *pairs, draw.choice("ABCD")])
+    if form == 4:
+        return draw.choice(["RSSMRA85T10A562S", "MRTMTT25D09F205Z", "VRDGPP13R10B293P"])
+    number = digits(draw, 8)
+    return number + "TRWAGMYFPDXBNJZSQVHLCKE"[int(number) % 23]
+
+
+PLANTED = {f.__name__.strip("_"): f for f in (email, phone, card, iban, ssn, id_, ip, secret)}
 # What looks like one of them, and is none.
 INNOCENT = [
     "on 2003-04-05 12:30:45 UTC",
@@ -153,6 +198,24 @@ INNOCENT = [
     "6.02214076e23",
     "2025.12.31.1",
     "PO box 90210-1234",
+    "section 1.2.3.4",
+    "kernel 2.4.18.3",
+    "git@github.com:someone/something.git",
+    "111.444.777-36",
+    "110105194912310021",
+    "1 85 05 78 006 084 92",
+    "RSSMRA85T10A562T",
+    "12345678A",
+    "uuid 550e8400-e29b-41d4-a716-446655440000",
+    "EAN 4006381333931",
+    "lat 40.712776, lon -74.005974",
+    "1995 1996 1997 1998",
+    "2 500 000 euro",
+    "patent 7,654,321",
+    "CVE-2021-44228",
+    "secret_key = os.environ['SECRET_KEY']",
+    "int x[100000000];",
+    "bearer of bad news since 1999 in all of the land",
 ]
 
 
@@ -211,7 +274,7 @@ def test_each_is_replaced_whole(kind):
     for _ in range(40):
         value = PLANTED[kind](draw)
         text = Anonymise()(drive.records([f"It is {value}, they say."])).kept["text"][0].as_py()
-        known = {"call": "call ", "api_": "api_key = '"}.get(value[:4], "")
+        known = {"call": "call ", "api_": "api_key = '", "Bear": "Bearer "}.get(value[:4], "")
         end = "'" if known.endswith("'") else ""
         assert text == f"It is {known}<{kind.upper()}>{end}, they say.", value
 
@@ -236,6 +299,26 @@ def test_example_numbers_of_all_regions_are_found():
     assert set(result.kept["text"].to_pylist()) == {"Ring <PHONE> now"}
 
 
+def test_meta_is_no_way_out():
+    """A mail's sender stands in its meta, not in its text."""
+    metas = [
+        '{"from":"Jane <jane@example.com>","n":2,"to":[{"x":"b@c.org, +44 20 7946 0958"}]}',
+        '{"url":"http://8.8.8.8/a"}',
+        '{"title":"none of it"}',
+        "",
+    ]
+    table = drive.records(["text"] * 4, metas=metas)
+    result = drive.check(table, Anonymise()(table))
+    assert result.kept["meta"].to_pylist() == [
+        '{"from":"Jane <<EMAIL>>","n":2,"to":[{"x":"<EMAIL>, <PHONE>"}]}',
+        '{"url":"http://<IP>/a"}',
+        *metas[2:],
+    ]
+    assert result.counts["email replaced in meta"] == 2
+    assert result.counts["records changed"] == 0
+    assert Anonymise(meta=False)(table).kept["meta"].to_pylist() == metas
+
+
 def test_luhn_equals_its_definition():
     draw = random.Random(2)
     for _ in range(500):
@@ -254,3 +337,22 @@ def test_fields_choose_kinds_regions_and_private_addresses():
     assert out("on 10.0.0.1, ::1") == "on 10.0.0.1, ::1"
     with pytest.raises(UserError, match="Did you mean 'phone'"):
         Anonymise(kinds=("phones",))
+
+
+@pytest.mark.parametrize(
+    ("text", "out"),
+    [
+        ("write 'x@y.com'", "write '<EMAIL>'"),
+        ("_a@b.com_ or <a@b.com>", "<EMAIL>_ or <<EMAIL>>"),
+        ("Phone:212-555-0187", "Phone:<PHONE>"),
+        ("tel:+44 20 7946 0958", "tel:<PHONE>"),
+        (
+            "SSN: 123456789, social security number 123 45 6789",
+            "SSN: <SSN>, social security number <SSN>",
+        ),
+        ("card 4111.1111.1111.1111", "card <CARD>"),
+        ("http://8.8.8.8:80/ [2001:4860:4860::8888]:443", "http://<IP>:80/ [<IP>]:443"),
+    ],
+)
+def test_what_stands_around_it_is_no_way_out(text, out):
+    assert Anonymise()(drive.records([text])).kept["text"].to_pylist() == [out]

@@ -177,3 +177,17 @@ def test_html_among_real_mails():
     read = [kept.get(f"s/file#{i}", "") for i in pages]
     assert not any("</" in text.lower() for text in read)
     assert sum(len(text) > 20 for text in read) > 0.97 * len(pages)
+
+
+def test_lengths_at_their_limits():
+    table = drive.records(["a" * n for n in (0, 2, 3, 5, 6)])
+    result = drive.check(table, Clean(min_characters=3, max_characters=5)(table))
+    assert result.kept["text"].to_pylist() == ["aaa", "aaaaa"]
+    assert result.dropped["reason"].to_pylist() == ["empty", "too short", "too long"]
+    assert result.dropped["detail"].to_pylist() == ["0 characters", "2 characters", "6 characters"]
+    assert len(Clean(max_characters=0)(table).kept) == 4
+
+
+def test_a_page_that_is_all_menu_is_read_whole():
+    page = "<html><body><nav><a href='/'>Home</a></nav><footer>The end</footer></body></html>"
+    assert out(page).split() == ["Home", "The", "end"]

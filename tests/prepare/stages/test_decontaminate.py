@@ -61,8 +61,13 @@ def test_overlaps_equal_those_of_tuples_of_words(sets, ngram):
         **{f"records overlapping {name}": len(own) for name, own in overlapping.items()},
     }
     for row in result.dropped.to_pylist():
+        told, _, shared = row["detail"].partition(", first: ")
         for name, own in overlapping.items():
-            assert (name in row["detail"]) == (row["id"] in own)
+            assert (name in told) == (row["id"] in own)
+        found = tuple(WORD.findall(shared.lower()))
+        pairs = zip(sizes, wanted, strict=True)
+        assert any(len(found) == size and found in held for size, held in pairs)
+        assert found in tuples(documents[int(row["id"].partition("#")[2])], len(found))
 
 
 ITEM = "What, then, is the capital of the small country that lies between France and Spain?"

@@ -104,3 +104,14 @@ def test_bad_fields_are_named():
         Exact(unit="lines")
     with pytest.raises(UserError, match=r"normalise='lower'"):
         Exact(normalise="lower")
+
+
+def test_half_a_hash_makes_no_duplicate():
+    """Two texts whose first 64 bits agree, as some two do among 10^10, are not the same."""
+    table = drive.records(["one", "two", "two"])
+    stage = Exact()
+    rows = stage.keys(table.append_column("order", [[0, 1, 2]]))
+    rows = rows.set_column(0, "key", pa.array([7, 7, 7], pa.uint64()))
+    assert stage.reduce(rows).to_pylist() == [
+        {"id": "s/file#2", "order": 2, "part": 0, "kept": "s/file#1"}
+    ]

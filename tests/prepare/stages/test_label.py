@@ -3,6 +3,7 @@ import json
 import pathlib
 import pickle
 import threading
+import time
 from collections import Counter
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import pytest
 
 from lmjax.config import build, call, ref
 from lmjax.errors import UserError
-from lmjax.prepare.stages.label import Endpoint, FastText, Filter, Heuristic, Label
+from lmjax.prepare.stages.label import Endpoint, FastText, Filter, Heuristic, Label, Unlabelled
 from tests.prepare.stages import drive
 
 
@@ -49,11 +50,18 @@ class Serving(http.server.BaseHTTPRequestHandler):
         if "unknown" in texts:
             told["labels"] = [None for _ in texts]
         raw = json.dumps(told).encode()
+        if "garbage" in texts:
+            self.wfile.write(b"no HTTP at all\r\n\r\n")
+            return
+        if "half" in texts:
+            raw = raw[:-5] + b"#" * 900
         self.send_response(status)
         self.send_header("Content-Length", str(len(raw)))
         self.send_header("Retry-After", "0")
         self.end_headers()
-        self.wfile.write(raw)
+        if "slow" in texts:
+            time.sleep(0.4)
+        self.wfile.write(raw[:-900] if "half" in texts else raw)
 
     def log_message(self, *_):
         pass
@@ -96,6 +104,19 @@ def test_disagreement_is_counted_and_the_first_decides():
     later = Label(name="x", labellers={"noise": both["noise"]})(result.kept)
     assert later.kept.equals(result.kept)
     assert later.counts["x: noise disagrees with before"] == 2
+
+
+def shy(text: str) -> str | None:
+    return None if "long" in text else "short"
+
+
+def test_no_label_is_no_disagreement():
+    table = drive.records(["tiny", "rather long", "middle one"])
+    both = {"size": Heuristic(function=length), "shy": Heuristic(function=shy)}
+    result = drive.check(table, Label(name="x", labellers=both)(table))
+    assert result.kept["text"].to_pylist() == ["tiny", "middle one"]
+    assert result.quarantined["reason"].to_pylist() == ["shy gave no label"]
+    assert result.counts["x: shy disagrees with size"] == 1
 
 
 def test_filter_by_label_and_score():
@@ -143,6 +164,18 @@ def test_what_an_endpoint_fails_on_goes_to_quarantine(url):
     assert Serving.seen["never"] == 3 and Serving.seen["refused"] == 1
 
 
+def test_answers_that_are_no_http_are_no_end_of_the_run(url):
+    texts = ["fine", "garbage", "half", "slow", "also fine"]
+    endpoint = Endpoint(url=url, backoff_s=0.01, retries=1, timeout_s=0.2)
+    table = drive.records(texts)
+    result = drive.check(table, Label(name="q", labellers={"s": endpoint}, batch_size=1)(table))
+    assert result.kept["text"].to_pylist() == ["fine", "also fine"]
+    why = {r["raw"]: r["reason"] for r in result.quarantined.to_pylist()}
+    assert list(why) == texts[1:-1] and "timed out" in why["slow"]
+    assert all(reason.startswith(f"s: {url}: ") for reason in why.values())
+    assert all(Serving.seen[text] == 2 for text in why)
+
+
 def test_no_endpoint_at_all_and_one_that_needs_a_key(url, monkeypatch):
     table = drive.records(["text"])
     nobody = Endpoint(url="http://localhost:9", retries=1, backoff_s=0.01, timeout_s=5)
@@ -152,6 +185,18 @@ def test_no_endpoint_at_all_and_one_that_needs_a_key(url, monkeypatch):
         monkeypatch.setenv("LABEL_KEY", key)
         asked = Endpoint(url=url, headers={"Authorization": "Bearer $LABEL_KEY"})
         assert len(Label(name="q", labellers={"s": asked})(table).kept) == count
+
+
+def test_waits_double_unless_the_answer_says_how_long(url, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr("lmjax.prepare.stages.label.time.sleep", waits.append)
+    with pytest.raises(Unlabelled):
+        Endpoint(url="http://localhost:9", retries=3, backoff_s=0.5, timeout_s=5).predict(["x"])
+    assert waits == [0.5, 1.0, 2.0]
+    waits.clear()
+    with pytest.raises(Unlabelled, match="status 500"):
+        Endpoint(url=url, retries=2, backoff_s=0.5).predict(["never"])
+    assert waits == [0.0, 0.0]  # the server's Retry-After
 
 
 def test_mistakes_are_named():

@@ -7,6 +7,7 @@ import pytest
 import scipy.sparse
 
 from lmjax.errors import UserError
+from lmjax.prepare.split import Split
 from lmjax.prepare.stages.near import Near
 from tests.prepare.stages import drive, texts
 
@@ -174,3 +175,25 @@ def test_recall_and_precision_on_5000_real_documents():
     print(f"documents: {both} of {len(true_dropped)} dropped, {len(dropped)} in all")
     assert recall >= 0.95 and precision >= 0.99
     assert both >= 0.95 * len(true_dropped) and both >= 0.99 * len(dropped)
+
+
+def straddling(documents: list[str]) -> tuple[int, int]:
+    """(pairs of 0.8 and more that a split in halves parts, all such pairs)."""
+    marked = drive.run(Near(mode="mark"), drive.records(documents), shards=5).kept
+    halves = Split(valid=0.5)(marked).kept["split"].to_pylist()
+    assert 0.4 < halves.count("valid") / len(halves) < 0.6
+    true = [pair for pair, value in brute_force(documents).items() if value >= 0.8]
+    return sum(halves[a] != halves[b] for a, b in true), len(true)
+
+
+def test_near_duplicates_fall_in_one_half():
+    parted, pairs = straddling(planted(2))
+    assert pairs > 80 and parted == 0
+
+
+@pytest.mark.slow
+def test_near_duplicates_of_real_documents_fall_in_one_half():
+    pages = [*texts.kernel_pages(), *texts.mail_bodies()]
+    parted, pairs = straddling(random.Random(1).sample(pages, 5000))
+    print(f"{parted} of {pairs} pairs are parted")
+    assert pairs > 200 and parted <= 0.005 * pairs

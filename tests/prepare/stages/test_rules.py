@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from lmjax.errors import UserError
 from lmjax.prepare.stages import rules
 from lmjax.prepare.stages.repetition import Repetition
 from tests.prepare.stages import drive, texts
@@ -85,7 +86,7 @@ def slow_gopher(text: str) -> list[str]:
 def slow_fineweb(text: str) -> list[str]:
     lines = stripped(text.split("\n"))
     count = max(len(lines), 1)
-    ends = ".!?\"\u201d'\u2019\u3002\uff01\uff1f\u2026:;"
+    ends = ".!?\"\u201d'\u2019\u2026\u3002\uff01\uff1f\u061f\u06d4\u0964"
     broken = {
         "min_punctuated_lines": sum(line[-1] in ends for line in lines) / count <= 0.12,
         "max_duplicate_line_characters": slow_repeats(lines)[1] >= 0.1,
@@ -192,6 +193,110 @@ def test_bad_words_are_whole_words():
     assert result.dropped.to_pylist() == [
         {"id": "s/file#1", "reason": "bad_words", "detail": "ass"}
     ]
+
+
+def broken_by(stage: object, text: str) -> list[str]:
+    return sorted(name[7:] for name, count in stage(drive.records([text])).counts.items() if count)
+
+
+GOPHER_EDGES = [
+    ("min_words", "w " * 50, "w " * 49),
+    ("max_words", "w " * 100_000, "w " * 100_001),
+    ("min_mean_word_length", "aaa bb cccc", "aaa bb ccc"),
+    ("max_mean_word_length", "a" * 10, "a" * 11),
+    ("max_hash_ratio", "a " * 9 + "#", "a " * 8 + "#"),
+    ("max_ellipsis_ratio", "a " * 9 + "...", "a " * 8 + "\u2026"),
+    ("max_bullet_lines", "- a\n" * 9 + "a", "- a\n" * 10 + "a"),
+    ("max_ellipsis_lines", "a...\n" * 3 + "a\n" * 7, "a...\n" * 4 + "a\n" * 9),
+    ("min_alphabetic_words", "a a a a 1", "a a a 1"),
+    ("min_stop_words", "the of of", "the the"),
+]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "inside", "outside"), GOPHER_EDGES, ids=[edge[0] for edge in GOPHER_EDGES]
+)
+def test_gopher_at_its_thresholds(threshold, inside, outside):
+    assert threshold not in broken_by(rules.GopherQuality(), inside)
+    assert threshold in broken_by(rules.GopherQuality(), outside)
+
+
+FINEWEB_EDGES = [
+    ("min_punctuated_lines", "a.\n" * 4 + "a\n" * 21, "a.\n" * 3 + "a\n" * 22),
+    (
+        "max_duplicate_line_characters",
+        "".join(f"line {i}\n" for i in range(10)) + "line 0",
+        "".join(f"line {i}\n" for i in range(9)) + "line 0",
+    ),
+    (
+        "max_short_lines",
+        f"{'a' * 29}\n" * 66 + f"{'a' * 30}\n" * 34,
+        f"{'a' * 29}\n" * 67 + f"{'a' * 30}\n" * 33,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "inside", "outside"), FINEWEB_EDGES, ids=[edge[0] for edge in FINEWEB_EDGES]
+)
+def test_fineweb_drops_at_its_thresholds(threshold, inside, outside):
+    assert threshold not in broken_by(rules.FineWeb(), inside)
+    assert threshold in broken_by(rules.FineWeb(), outside)
+
+
+def test_the_released_rule_of_newlines():
+    documents = ["one two three\n" * 9, "a b\n\nc d\n" * 9, "", "one line of words"]
+    table = drive.records(documents)
+    off = {"min_punctuated_lines": None, "max_duplicate_line_characters": None}
+    stage = rules.FineWeb(**off, max_short_lines=None, max_newlines_per_word=0.33)
+    result = drive.check(table, stage(table))
+    newlines = [len(stripped(x.split("\n"))) - 1 for x in documents]
+    broken = [n / max(len(x.split()), 1) > 0.33 for n, x in zip(newlines, documents, strict=True)]
+    assert [f"s/file#{i}" in result.dropped["id"].to_pylist() for i in range(4)] == broken
+    assert broken == [False, True, False, False]
+
+
+def test_lines_with_endless_words_are_cut():
+    table = drive.records([f"a b c d {'x' * 1001}\na b c d {'x' * 1000}\n{'中' * 2000}"])
+    stage = rules.C4(terminal=(), min_sentences=None, min_line_words=0)
+    assert len(stage(table).kept["text"][0].as_py()) == 1008 + 1 + 2000
+    assert stage(table).counts["lines cut by max_word_length"] == 1
+
+
+CHINESE = "委员会将于星期四开会\uff0c讨论上周没有解决的问题\u3002"
+THAI = "คณะกรรมการจะประชุมในวันพฤหัส"
+
+
+@pytest.mark.parametrize("text", [CHINESE * 3, THAI * 3], ids=["Chinese", "Thai"])
+def test_scripts_without_spaces(text):
+    """Of one word each by spaces; by their script they have as many as letters, and are kept."""
+    table = drive.records([text, text[:20]])
+    found = drive.check(table, rules.GopherQuality()(table))
+    assert found.dropped["reason"].to_pylist() == ["min_words"] * 2
+    stage = rules.GopherQuality(words="script", min_mean_word_length=None, min_stop_words=None)
+    result = drive.check(table, stage(table))
+    assert result.kept["id"].to_pylist() == ["s/file#0"]
+    assert result.dropped["reason"].to_pylist() == ["min_words"]
+    said = drive.records([f"{text[:24]} {text[:24]}\uff0c"])
+    assert len(Repetition()(said).kept) == 1
+    (reason,) = Repetition(words="script")(said).dropped["reason"].to_pylist()
+    assert "gram" in reason
+    with pytest.raises(UserError, match="Allowed: script, spaces"):
+        rules.GopherQuality(words="letters")
+
+
+def test_code_and_prose_by_the_same_rules():
+    """Code has few stop words and many symbols: English rules drop it, as its papers mean to."""
+    code = "\n".join(f"    x_{i} = f(a[{i}], b) + {i}  # {i}" for i in range(40))
+    table = drive.records([code])
+    assert rules.GopherQuality()(table).dropped["reason"].to_pylist() == ["min_mean_word_length"]
+    open_ = rules.GopherQuality(
+        min_mean_word_length=None,
+        max_hash_ratio=None,
+        min_alphabetic_words=None,
+        min_stop_words=None,
+    )
+    assert len(open_(table).kept) == 1
 
 
 def test_an_empty_table_gives_an_empty_table():
