@@ -103,7 +103,9 @@ def test_one_device_equals_eight(smoke, one_device):
 
 
 @by_default("char")
-def test_microbatched_equals_whole(smoke, one_device):
+def test_microbatched_equals_whole(smoke, one_device, program):
+    if "batch_stats" in program.abstract_state.model_state:
+        pytest.skip("the statistics that normalise a batch are those of each microbatch")
     run = dataclasses.replace(smoke[1], microbatches=4)
     np.testing.assert_allclose(losses(run, devices=jax.devices()[:1]), one_device, rtol=TOLERANCE)
 
@@ -120,6 +122,8 @@ def test_compiles_for_sixteen_devices(smoke):
 def test_loss_falls(smoke, program):
     """On one batch over and over, by a good part of what there is to learn."""
     run = smoke[1]
+    if hasattr(run.task, "discriminator"):
+        pytest.skip("two networks against each other: what one wins the other loses")
     batch = program.put(next(iter(run.data.batches(batch_size=run.batch_size, seed=0))))
     state, found = program.init(), []
     for _ in range(run.steps):

@@ -224,8 +224,9 @@ class Report:
         table.add_row("parameters", f"{sum(counts.values()):,}")
         for name, count in counts.items():
             table.add_row(f"  {name}", f"{count:,}")
-        flop = [x / self.work.units for x in (self.work.flop, self.work.flop_full)]
-        table.add_row(f"FLOP per {unit}", f"{flop[0]:.4g} causal, {flop[1]:.4g} full attention")
+        flop, full = (x / self.work.units for x in (self.work.flop, self.work.flop_full))
+        several = f"{flop:.4g} causal, {full:.4g} full attention"
+        table.add_row(f"FLOP per {unit}", f"{flop:.4g}" if flop == full else several)
         table.add_row(f"{self.work.unit} per step", f"{run.batch_size * self.work.units:,}")
         total = run.steps * run.batch_size
         epochs = ", ".join(f"{n:.3g} x {k}" for k, n in run.data.epochs(total).items())
@@ -246,7 +247,7 @@ class Report:
             if epochs > MANY_EPOCHS:
                 notes.append(
                     f"{name} is read {epochs:.0f} times: the model will learn it by heart. "
-                    "Add text, or lower steps or batch_size."
+                    "Add data, or lower steps or batch_size."
                 )
         if not run.evals:
             notes.append("no evals: nothing will tell learning from memorising. Set config.evals.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,9 +13,8 @@ import grain
 import jax
 import numpy as np
 
-from lmjax.core import Batch, Spec
+from lmjax.core import Batch, Dataset, Spec
 from lmjax.data.batches import Examples, read_batches
-from lmjax.data.mixture import Source
 from lmjax.errors import UserError, did_you_mean
 
 
@@ -35,13 +35,14 @@ class Augmented:
     leaves all as it is; so do evaluations, which are given the data set within.
 
     Args:
-      data: the data set: `Tokens`, `Text`, a `Mixture`, or any with `examples(seed=...)`.
+      data: the data set: `Tokens`, `Text`, a `Mixture`, `Images`, or any with `examples(seed=...)`
+        or `stacked(seed=...)`.
       arrays: name of an array of an example, to what is done to it, in this order:
-        {"tokens": (TokenDropout(...),)} or {"image": (RandomCrop(...), Flip())}.
+        {"tokens": (TokenDropout(...),)} or {"images": (RandomCrop(...), Flip())}.
       seed: added to the run's: another one draws other augmentations of the same examples.
     """
 
-    data: Source
+    data: Dataset
     arrays: Mapping[str, Sequence[Augmentation]] = field(default_factory=dict)
     seed: int = 0
 
@@ -70,14 +71,29 @@ class Augmented:
         assert self.example
 
     @property
-    def tokenizer(self) -> Any:
+    def fitted(self) -> Mapping[str, str]:
         """That of the data set within."""
-        return self.data.tokenizer
+        return self.data.fitted
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Of labelled data."""
+        names: tuple[str, ...] = self._within("classes")
+        return names
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of text."""
+        return self._within("tokenizer")
+
+    def _within(self, name: str) -> Any:
+        """What the data set within has; AttributeError where it has none."""
+        return getattr(self.data, name)
 
     @property
     def vocab_size(self) -> int:
         """How many token ids there are."""
-        size: int = getattr(self.data, "vocab_size", 0) or self.tokenizer.vocab_size
+        size: int = self._within("vocab_size")
         return size
 
     @functools.cached_property
@@ -96,20 +112,19 @@ class Augmented:
         read = getattr(self.data, "stacked", None)
         many: Examples | None = read(seed=seed) if read else None
         return AugmentedExamples(
-            examples=many or self.data.examples(seed=seed),
+            examples=many or self._within("examples")(seed=seed),
             arrays=self.arrays,
             seed=int(seed) + self.seed,
         )
 
     def examples(self, *, seed: int) -> grain.MapDataset[Any]:
         """The same, one by one."""
-        examples = self.data.examples(seed=seed)
-        numbered = grain.MapDataset.range(len(examples))
-        return numbered.map(self.stacked(seed=seed).at)
+        return grain.MapDataset.range(sys.maxsize).map(self.stacked(seed=seed).at)
 
     def origins(self, *, seed: int) -> grain.MapDataset[Any]:
         """Where each of those examples comes from."""
-        return self.data.origins(seed=seed)
+        found: grain.MapDataset[Any] = self._within("origins")(seed=seed)
+        return found
 
     def batches(
         self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
