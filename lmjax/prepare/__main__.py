@@ -61,8 +61,8 @@ def main(argv: list[str]) -> None:
             raise UserError("--workdir is not given: name a folder for the results.")
         if WORKDIR.value.startswith("hf://"):  # each file would be a commit
             raise UserError(
-                f"--workdir is {WORKDIR.value!r}: Hugging Face is read, not written. Give a folder, "
-                "s3://bucket/folder or gs://bucket/folder."
+                f"--workdir is {WORKDIR.value!r}: Hugging Face is read, not written. Give a "
+                "folder, s3://bucket/folder or gs://bucket/folder."
             )
         out = Folder(WORKDIR.value)
         if not out.is_remote:
