@@ -2,7 +2,8 @@
 
 Command:  python -m lmjax.train --config=configs/digits.py --workdir=DIR
           (needs `pip install --no-deps scikit-learn`, whose file of digits is read; pictures of
-          your own: --config.data.path=FOLDER --config.data.size=64 --config.data.channels=3)
+          your own: --config.data.data.path=FOLDER --config.data.data.size=64
+          --config.data.data.channels=3, and the crop's height and width)
 Hardware: 2 CPU cores
 Result:   to be measured
 """
@@ -10,6 +11,8 @@ Result:   to be measured
 from ml_collections import FieldReference
 
 from lmjax.config import call
+from lmjax.data.augment.augmented import Augmented
+from lmjax.data.augment.image import RandomCrop
 from lmjax.data.images import Images, num_classes, validation
 from lmjax.engine.guard import Guard
 from lmjax.engine.precision import Precision
@@ -26,7 +29,7 @@ VARIANTS = {
     "smoke": {
         "steps": 20,
         "batch_size": 16,
-        "data.path": "glyphs",
+        "data.data.path": "glyphs",
         "optimizer.learning_rate.warmup_steps": 2,
         "task.model.width": 8,
         "task.model.blocks": (1, 1),
@@ -37,11 +40,13 @@ VARIANTS = {
 
 def get_config():
     steps = FieldReference(600)
-    data = call(Images, path="digits", size=8, channels=1)
+    pictures = call(Images, path="digits", size=8, channels=1)
+    shifted = call(RandomCrop, height=8, width=8, padding=1)
+    data = call(Augmented, data=pictures, arrays={"images": (shifted,)})
     model = call(
         resnet,
         depth=18,
-        num_classes=call(num_classes, of=data),
+        num_classes=call(num_classes, of=pictures),
         blocks=(1, 1, 1),
         width=32,
         stem="small",
@@ -58,7 +63,7 @@ def get_config():
         precision=call(Precision),
         guard=call(Guard),
         watch=call(Watch),
-        evals={"valid": call(Losses, data=call(validation, of=data), batch_size=128)},
+        evals={"valid": call(Losses, data=call(validation, of=pictures), batch_size=128)},
         eval_every=100,
         save_every=300,
     )
