@@ -10,7 +10,6 @@ import logging
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import grain
 import jax
 import numpy as np
 
@@ -20,6 +19,7 @@ from lmjax.data.cache import cache_folder, write_atomically
 from lmjax.data.corpus import Split
 from lmjax.data.encoded import encode_texts, pad_rows
 from lmjax.data.labelled_rows import Bad, LabelFrom, Row, quarantine, read_rows, report
+from lmjax.data.shuffled import Shuffled
 from lmjax.data.tokenizer import TextTokenizer
 from lmjax.data.vocabulary import Bytes, Vocabulary
 from lmjax.errors import UserError, did_you_mean
@@ -149,13 +149,17 @@ class LabelledText:
         """How often `num_examples` drawn examples have gone through the rows."""
         return {self.path: num_examples / self.num_examples}
 
+    def stacked(self, *, seed: int) -> Shuffled:
+        """The endless sequence of examples, many at a time; `seed` orders the training split."""
+        rows = _Examples(self._encoded, self.length)
+        return Shuffled(rows, self.num_examples, seed if self.split == "train" else None)
+
     def batches(
         self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
     ) -> Generator[Batch, None, None]:
         """Endless batches, from (seed, step) alone; the validation split ignores the seed."""
-        ordered = _Examples(self._encoded, self.length, None if self.split == "valid" else seed)
         return read_batches(
-            ordered,
+            self.stacked(seed=seed),
             batch_size=batch_size,
             shard=shard,
             num_shards=num_shards,
@@ -168,7 +172,7 @@ class LabelledText:
     ) -> Generator[Batch, None, None]:
         """Every row once, in order; rows of weight 0 complete the last batch."""
         return read_batches(
-            _Examples(self._encoded, self.length, None),
+            _Examples(self._encoded, self.length),
             batch_size=batch_size,
             shard=shard,
             num_shards=num_shards,
@@ -236,31 +240,17 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Examples:
-    """Number to example: in the rows' order, or with a seed in that of each epoch."""
+    """The rows of a split, by number."""
 
     encoded: Encoded
     length: int
-    seed: int | None
 
     def rows(self, examples: Sequence[int]) -> Batch:
-        """These examples, stacked."""
-        chosen = [self._row(index) for index in examples]
+        """These rows, stacked."""
+        chosen = list(examples)
         texts = pad_rows(self.encoded.ids, self.encoded.starts, chosen, self.length)
         weights = np.ones(len(chosen), np.float32)
         return {**texts, "labels": self.encoded.labels[chosen], "weights": weights}
-
-    def _row(self, index: int) -> int:
-        count = len(self.encoded.labels)
-        epoch, rank = divmod(index, count)
-        if self.seed is None:
-            return rank
-        shuffle = int(_epoch_seed(self.seed, epoch))
-        return int(grain.experimental.index_shuffle(rank, count - 1, shuffle, 4))
-
-
-@functools.lru_cache(maxsize=64)
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence((int(seed) % 2**64, epoch)).generate_state(1)[0])
 
 
 @dataclass(frozen=True)

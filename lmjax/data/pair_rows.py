@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lmjax.core import Batch
 from lmjax.data.cache import seal_folder
 from lmjax.data.pairs import Pair
 from lmjax.data.tokenizer import TextTokenizer
@@ -74,6 +75,11 @@ class Rows:
                 found[name] = np.zeros(length, np.int32)
                 found[name][: len(own)] = column
         return found | {"weights": (found["segments"] > 0).astype(np.float32)}
+
+    def rows(self, examples: Sequence[int]) -> Batch:
+        """The examples of these rows, stacked."""
+        held = [self.at(row) for row in examples]
+        return {name: np.stack([example[name] for example in held]) for name in held[0]}
 
 
 _NAMES = (

@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import sys
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import grain
 import jax
 import numpy as np
 
@@ -20,6 +18,7 @@ from lmjax.data.cache import cache_folder, is_sealed, write_atomically
 from lmjax.data.corpus import Split
 from lmjax.data.pair_rows import Rows, write_rows
 from lmjax.data.pairs import NUMBERS, Pair, Pairs, read_pairs, reversed_pair, split_pairs
+from lmjax.data.shuffled import Shuffled
 from lmjax.data.source import find_files
 from lmjax.data.tokenizer import TextTokenizer
 from lmjax.data.vocabulary import BPE, Vocabulary
@@ -157,19 +156,16 @@ class Parallel:
         """How often `num_examples` drawn rows have gone through the corpus."""
         return {self.path: num_examples / self.num_examples}
 
-    def examples(self, *, seed: int) -> grain.MapDataset[Any]:
-        """The endless sequence of rows: number i belongs to epoch `i // num_examples`."""
-        numbers = grain.MapDataset.range(sys.maxsize)
-        if self.split == "valid":
-            return numbers.map(functools.partial(_in_order, self._rows))
-        return numbers.map(functools.partial(_permuted, self._rows, seed))
+    def stacked(self, *, seed: int) -> Shuffled:
+        """The endless sequence of rows, many at a time; `seed` orders the training split."""
+        return Shuffled(self._rows, self.num_examples, seed if self.split == "train" else None)
 
     def batches(
         self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
     ) -> Generator[Batch, None, None]:
         """Endless batches, from (seed, step) alone; the validation split ignores the seed."""
         return read_batches(
-            self.examples(seed=seed),
+            self.stacked(seed=seed),
             batch_size=batch_size,
             shard=shard,
             num_shards=num_shards,
@@ -181,9 +177,8 @@ class Parallel:
         self, *, batch_size: int, shard: int = 0, num_shards: int = 1
     ) -> Generator[Batch, None, None]:
         """The split once, in order, every pair once; rows of zeros complete the last batch."""
-        rows = grain.MapDataset.range(sys.maxsize).map(functools.partial(_in_order, self._rows))
         return read_batches(
-            rows,
+            self._rows,
             batch_size=batch_size,
             shard=shard,
             num_shards=num_shards,
@@ -280,17 +275,3 @@ def _tokenizer(corpus: Corpus) -> TextTokenizer:
         [text for p in half for text in (p.source, p.target)] for half in (found.train, found.valid)
     )
     return corpus.vocabulary.learn(train, valid)
-
-
-def _in_order(rows: Rows, index: int) -> Mapping[str, np.ndarray]:
-    return rows.at(index % rows.num_rows)
-
-
-def _permuted(rows: Rows, seed: int, index: int) -> Mapping[str, np.ndarray]:
-    epoch, rank = divmod(index, rows.num_rows)
-    return rows.at(grain.experimental.index_shuffle(rank, rows.num_rows - 1, _draw(seed, epoch), 4))
-
-
-@functools.lru_cache(maxsize=64)
-def _draw(seed: int, epoch: int) -> int:
-    return int(np.random.default_rng((int(seed) % 2**64, epoch)).integers(2**32))

@@ -41,4 +41,4 @@ class Shuffled:
 
 @functools.lru_cache(maxsize=64)
 def _draw(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence((int(seed) % 2**64, epoch)).generate_state(1)[0])
+    return int(np.random.default_rng((int(seed) % 2**64, epoch)).integers(2**32))

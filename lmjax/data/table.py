@@ -17,6 +17,7 @@ from lmjax.data.cells import Policy, Read, read_cells
 from lmjax.data.columns import Columns, Scaling, fit_categorical, fit_numeric
 from lmjax.data.known_tables import known_table, open_table, state_of
 from lmjax.data.rows import Bad
+from lmjax.data.shuffled import Shuffled
 from lmjax.data.tokenizer import TextTokenizer
 from lmjax.data.vocabulary import BPE, Vocabulary
 from lmjax.errors import UserError, did_you_mean
@@ -210,13 +211,21 @@ class Table:
         """Regressed values in the units of the table, float64."""
         return self.columns.unscaled(values_NC)
 
+    def stacked(self, *, seed: int) -> Shuffled:
+        """The endless sequence of examples, many at a time; `seed` orders the training split."""
+        train = self.split == "train"
+        return Shuffled(_Rows(self._arrays), self.num_examples, seed if train else None)
+
     def batches(
         self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
     ) -> Generator[Batch, None, None]:
         """Endless batches, from (seed, step) alone; only the training split is shuffled."""
-        rows = _Rows(self._arrays, seed if self.split == "train" else None)
         return read_batches(
-            rows, batch_size=batch_size, shard=shard, num_shards=num_shards, start=start
+            self.stacked(seed=seed),
+            batch_size=batch_size,
+            shard=shard,
+            num_shards=num_shards,
+            start=start,
         )
 
     def epoch_batches(
@@ -224,7 +233,7 @@ class Table:
     ) -> Generator[Batch, None, None]:
         """The split once, in the order of the files; rows of zeros complete the last batch."""
         return read_batches(
-            _Rows(self._arrays, None),
+            _Rows(self._arrays),
             batch_size=batch_size,
             shard=shard,
             num_shards=num_shards,
@@ -297,25 +306,13 @@ def _read(table: Table, state: object) -> Read:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Examples many at a time; with a seed, each epoch in a permutation of its own."""
+    """The rows of a split, by number."""
 
     arrays: Mapping[str, np.ndarray]
-    seed: int | None
 
     def rows(self, examples: Sequence[int]) -> Batch:
-        """These examples, stacked."""
-        size = len(self.arrays["weights"])
-        epochs, ranks = np.divmod(np.asarray(examples, np.int64), size)
-        if self.seed is not None:
-            orders = {e: _order(self.seed, e, size) for e in map(int, np.unique(epochs))}
-            ranks = np.array([orders[e][r] for e, r in zip(epochs.tolist(), ranks, strict=True)])
-        return {name: x[ranks] for name, x in self.arrays.items()}
-
-
-@functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The permutation of an epoch."""
-    return np.random.default_rng((int(seed) % 2**64, epoch)).permutation(size)
+        """These rows, stacked."""
+        return {name: x[list(examples)] for name, x in self.arrays.items()}
 
 
 def validation(of: Table) -> Table:

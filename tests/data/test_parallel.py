@@ -50,12 +50,9 @@ def test_an_epoch_has_every_pair_once(packing):
 
 
 def test_the_training_split_is_permuted_each_epoch():
-    epochs = [
-        list(itertools.islice(iter(DATA.examples(seed=3)[i] for i in range(start, start + n)), n))
-        for n in [DATA.num_examples]
-        for start in (0, n)
-    ]
-    keys = [[example["targets"].tobytes() for example in epoch] for epoch in epochs]
+    rows, n = DATA.stacked(seed=3), DATA.num_examples
+    epochs = [rows.rows(range(start, start + n)) for start in (0, n)]
+    keys = [[targets.tobytes() for targets in epoch["targets"]] for epoch in epochs]
     assert keys[0] != keys[1] and sorted(keys[0]) == sorted(keys[1])
 
 
