@@ -16,15 +16,11 @@ from lmjax.config import call
 from lmjax.data.masked import Masked, validation, vocab_size
 from lmjax.data.text import Text
 from lmjax.data.vocabulary import BPE
-from lmjax.engine.guard import Guard
-from lmjax.engine.precision import Precision
 from lmjax.engine.run import Run
-from lmjax.engine.watchdog import Watch
 from lmjax.evaluate.losses import Losses
 from lmjax.models.bert import bert
 from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import cosine
-from lmjax.sharding import Layout
 from lmjax.tasks.masked_lm import MaskedLM
 
 VARIANTS = {
@@ -71,10 +67,6 @@ def get_config():
         data=data,
         steps=steps,
         batch_size=16,
-        layout=call(Layout),
-        precision=call(Precision),
-        guard=call(Guard),
-        watch=call(Watch),
         evals={"valid": call(Losses, data=call(validation, of=data), batch_size=64)},
         eval_every=500,
         save_every=500,

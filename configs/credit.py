@@ -20,16 +20,12 @@ from ml_collections import FieldReference
 
 from lmjax.config import call
 from lmjax.data.table import Table, num_categories, validation
-from lmjax.engine.guard import Guard
-from lmjax.engine.precision import Precision
 from lmjax.engine.run import Run
-from lmjax.engine.watchdog import Watch
 from lmjax.evaluate.classification import Classification
 from lmjax.evaluate.losses import Losses
 from lmjax.models.mlp import mlp
 from lmjax.optim.presets import adamw, sgd
 from lmjax.optim.schedules import cosine
-from lmjax.sharding import Layout
 from lmjax.tasks.classify import Classify
 
 VARIANTS = {
@@ -70,10 +66,6 @@ def get_config():
         data=data,
         steps=steps,
         batch_size=705,  # the whole training split
-        layout=call(Layout),
-        precision=call(Precision),
-        guard=call(Guard),
-        watch=call(Watch),
         evals={
             "valid": call(Losses, data=held_out, batch_size=64),
             "credits": call(Classification, data=held_out, batch_size=64),

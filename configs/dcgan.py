@@ -11,16 +11,12 @@ from ml_collections import FieldReference
 
 from lmjax.config import call
 from lmjax.data.images import Images, validation
-from lmjax.engine.guard import Guard
-from lmjax.engine.precision import Precision
 from lmjax.engine.run import Run
-from lmjax.engine.watchdog import Watch
 from lmjax.evaluate.frechet import Frechet
 from lmjax.models.dcgan import discriminator, generator
 from lmjax.optim.by_path import by_path
 from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import cosine
-from lmjax.sharding import Layout
 from lmjax.tasks.adversarial import Adversarial
 
 VARIANTS = {
@@ -62,10 +58,6 @@ def get_config():
         data=data,
         steps=steps,
         batch_size=64,
-        layout=call(Layout),
-        precision=call(Precision),
-        guard=call(Guard),
-        watch=call(Watch),
         evals={"samples": call(Frechet, data=call(validation, of=data))},
         eval_every=500,
         save_every=1000,

@@ -22,16 +22,12 @@ from ml_collections import FieldReference
 
 from lmjax.config import call
 from lmjax.data.table import Table, validation
-from lmjax.engine.guard import Guard
-from lmjax.engine.precision import Precision
 from lmjax.engine.run import Run
-from lmjax.engine.watchdog import Watch
 from lmjax.evaluate.classification import Regression
 from lmjax.evaluate.losses import Losses
 from lmjax.models.mlp import mlp
 from lmjax.optim.presets import adamw, sgd
 from lmjax.optim.schedules import cosine
-from lmjax.sharding import Layout
 from lmjax.tasks.regress import Regress
 
 VARIANTS = {
@@ -71,10 +67,6 @@ def get_config():
         data=data,
         steps=steps,
         batch_size=351,  # the whole training split
-        layout=call(Layout),
-        precision=call(Precision),
-        guard=call(Guard),
-        watch=call(Watch),
         evals={
             "valid": call(Losses, data=held_out, batch_size=64),
             "patients": call(Regression, data=held_out, batch_size=64),

@@ -14,15 +14,11 @@ from lmjax.config import call
 from lmjax.data.augment.augmented import Augmented
 from lmjax.data.augment.image import RandomCrop
 from lmjax.data.images import Images, num_classes, validation
-from lmjax.engine.guard import Guard
-from lmjax.engine.precision import Precision
 from lmjax.engine.run import Run
-from lmjax.engine.watchdog import Watch
 from lmjax.evaluate.losses import Losses
 from lmjax.models.resnet import resnet
 from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import cosine
-from lmjax.sharding import Layout
 from lmjax.tasks.classify import Classify
 
 VARIANTS = {
@@ -59,10 +55,6 @@ def get_config():
         data=data,
         steps=steps,
         batch_size=128,
-        layout=call(Layout),
-        precision=call(Precision),
-        guard=call(Guard),
-        watch=call(Watch),
         evals={"valid": call(Losses, data=call(validation, of=pictures), batch_size=128)},
         eval_every=100,
         save_every=300,

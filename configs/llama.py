@@ -14,16 +14,12 @@ from ml_collections import FieldReference
 from lmjax.config import call
 from lmjax.data.text import Text, validation
 from lmjax.data.vocabulary import BPE
-from lmjax.engine.guard import Guard
-from lmjax.engine.precision import Precision
 from lmjax.engine.run import Run
-from lmjax.engine.watchdog import Watch
 from lmjax.evaluate.losses import Losses
 from lmjax.generate.samples import Samples
 from lmjax.models.llama import llama3
 from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import cosine
-from lmjax.sharding import Layout
 from lmjax.tasks.causal_lm import CausalLM
 
 
@@ -144,10 +140,6 @@ def get_config():
         data=data,
         steps=steps,
         batch_size=16,
-        layout=call(Layout),
-        precision=call(Precision),
-        guard=call(Guard),
-        watch=call(Watch),
         evals={
             "valid": call(Losses, data=call(validation, of=data), batch_size=32),
             "sample": call(Samples, model=model, prompt="**ROMEO**  \n"),

@@ -16,17 +16,13 @@ from lmjax.adapt.lora import Lora
 from lmjax.config import call
 from lmjax.data.text import Text, validation
 from lmjax.data.vocabulary import Pretrained
-from lmjax.engine.guard import Guard
-from lmjax.engine.precision import Precision
 from lmjax.engine.run import Run
 from lmjax.engine.warm_start import WarmStart
-from lmjax.engine.watchdog import Watch
 from lmjax.evaluate.losses import Losses
 from lmjax.generate.samples import Samples
 from lmjax.models.saved import saved
 from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import cosine
-from lmjax.sharding import Layout
 from lmjax.tasks.causal_lm import CausalLM
 
 PRODUCTS = ("query", "key", "value", "attention/out", "gate", "up", "down")
@@ -60,10 +56,6 @@ def get_config():
         data=data,
         steps=steps,
         batch_size=16,
-        layout=call(Layout),
-        precision=call(Precision),
-        guard=call(Guard),
-        watch=call(Watch),
         trainable="/lora/",
         evals={
             "valid": call(Losses, data=call(validation, of=data), batch_size=32),

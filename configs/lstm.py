@@ -33,16 +33,12 @@ from ml_collections import FieldReference
 from lmjax.config import call
 from lmjax.data.text import Text, validation, vocab_size
 from lmjax.data.vocabulary import Characters
-from lmjax.engine.guard import Guard
-from lmjax.engine.precision import Precision
 from lmjax.engine.run import Run
-from lmjax.engine.watchdog import Watch
 from lmjax.evaluate.losses import Losses
 from lmjax.generate.samples import Samples
 from lmjax.models.lstm import lstm
 from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import cosine
-from lmjax.sharding import Layout
 from lmjax.tasks.causal_lm import CausalLM
 
 # A text that is gone through so often that the model learns it by heart.
@@ -112,10 +108,6 @@ def get_config():
         data=data,
         steps=steps,
         batch_size=32,
-        layout=call(Layout),
-        precision=call(Precision),
-        guard=call(Guard),
-        watch=call(Watch),
         evals={
             "valid": call(Losses, data=call(validation, of=data, length=1024), batch_size=16),
             "sample": call(Samples, model=model, prompt=""),

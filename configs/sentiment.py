@@ -24,17 +24,13 @@ from ml_collections import FieldReference
 from lmjax.config import call
 from lmjax.data.labelled_text import LabelledText, validation, vocab_size
 from lmjax.data.vocabulary import Bytes, Characters, Pretrained
-from lmjax.engine.guard import Guard
-from lmjax.engine.precision import Precision
 from lmjax.engine.run import Run
 from lmjax.engine.warm_start import WarmStart
-from lmjax.engine.watchdog import Watch
 from lmjax.evaluate.losses import Losses
 from lmjax.models.bert import bert
 from lmjax.models.classifier import classifier
 from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import cosine
-from lmjax.sharding import Layout
 from lmjax.tasks.classify import Classify, classes, num_classes
 
 VARIANTS = {
@@ -106,10 +102,6 @@ def get_config():
         data=data,
         steps=steps,
         batch_size=32,
-        layout=call(Layout),
-        precision=call(Precision),
-        guard=call(Guard),
-        watch=call(Watch),
         evals={"valid": call(Losses, data=call(validation, of=data), batch_size=64)},
         eval_every=50,
         save_every=250,

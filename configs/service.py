@@ -24,10 +24,7 @@ from ml_collections import FieldReference
 from lmjax.config import call
 from lmjax.data.table import Table, validation
 from lmjax.data.vocabulary import BPE
-from lmjax.engine.guard import Guard
-from lmjax.engine.precision import Precision
 from lmjax.engine.run import Run
-from lmjax.engine.watchdog import Watch
 from lmjax.evaluate.classification import Classification
 from lmjax.evaluate.losses import Losses
 from lmjax.models.bert import bert
@@ -36,7 +33,6 @@ from lmjax.models.lstm import lstm
 from lmjax.models.short_text import bag, flat
 from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import cosine
-from lmjax.sharding import Layout
 from lmjax.tasks.classify import Classify
 
 VOCAB_SIZE, LENGTH, TOPICS = 512, 48, 6
@@ -91,10 +87,6 @@ def get_config():
         data=data,
         steps=steps,
         batch_size=64,
-        layout=call(Layout),
-        precision=call(Precision),
-        guard=call(Guard),
-        watch=call(Watch),
         evals={
             "valid": call(Losses, data=held_out, batch_size=64),
             "letters": call(Classification, data=held_out, batch_size=64),

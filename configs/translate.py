@@ -19,16 +19,12 @@ from ml_collections import FieldReference
 from lmjax.config import call
 from lmjax.data.parallel import Parallel, validation
 from lmjax.data.vocabulary import BPE
-from lmjax.engine.guard import Guard
-from lmjax.engine.precision import Precision
 from lmjax.engine.run import Run
-from lmjax.engine.watchdog import Watch
 from lmjax.evaluate.losses import Losses
 from lmjax.evaluate.translation import Translations
 from lmjax.models.transformer import transformer
 from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import noam
-from lmjax.sharding import Layout
 from lmjax.tasks.translate import Translate
 
 VARIANTS = {
@@ -86,10 +82,6 @@ def get_config():
         data=data,
         steps=3600,
         batch_size=16,
-        layout=call(Layout),
-        precision=call(Precision),
-        guard=call(Guard),
-        watch=call(Watch),
         evals={
             "valid": call(Losses, data=held_out, batch_size=64),
             "translations": call(Translations, model=model, data=held_out, num_pairs=100),

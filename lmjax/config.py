@@ -11,6 +11,7 @@ recorded call stands for it: that one is built in its place.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -30,7 +31,10 @@ CALL, REF = "_call", "_ref"
 
 
 def call(target: Callable[..., Any], /, **kwargs: Any) -> ConfigDict:
-    """Records `target(**kwargs)`, with the scalar defaults of its signature as further leaves.
+    """Records `target(**kwargs)`, with the defaults of its signature that flags can reach.
+
+    Those are scalars, and of a dataclass the fields that are made by dataclasses: `call(Run, ...)`
+    has a `layout`, though none is given.
 
     Raises UserError for a name or a type that the signature does not accept.
     """
@@ -39,6 +43,9 @@ def call(target: Callable[..., Any], /, **kwargs: Any) -> ConfigDict:
     for key, parameter in accepted.items():
         if isinstance(parameter.default, SCALARS):
             node[key] = parameter.default
+    for name, made_by in _factories(target).items():
+        if name not in kwargs:
+            node[name] = call(made_by)
     for key, value in kwargs.items():
         if key not in accepted:
             raise UserError(f"{_name(target)} has no field {key!r}." + did_you_mean(key, accepted))
@@ -47,6 +54,14 @@ def call(target: Callable[..., Any], /, **kwargs: Any) -> ConfigDict:
         node[key] = _recorded(value, f"{_name(target)}: {key}")
     object.__setattr__(node, "_given", frozenset(kwargs))
     return node
+
+
+def _factories(target: Any) -> dict[str, Any]:
+    """The dataclasses that make fields of a dataclass where none are given, by field."""
+    if not dataclasses.is_dataclass(target):
+        return {}
+    made = {field.name: field.default_factory for field in dataclasses.fields(target)}
+    return {name: factory for name, factory in made.items() if dataclasses.is_dataclass(factory)}
 
 
 def ref(target: Any) -> ConfigDict:

@@ -316,7 +316,6 @@ def get_config():
         ),
         steps=50,
         batch_size=8,
-        layout=call(Layout),
         save_every=8,
         log_every=1,
     )

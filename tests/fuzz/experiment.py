@@ -4,7 +4,6 @@ from lmjax.config import call
 from lmjax.data.mixture import Mixture
 from lmjax.data.text import Text, validation
 from lmjax.data.vocabulary import BPE, Bytes, Characters
-from lmjax.engine.guard import Guard
 from lmjax.engine.precision import Precision
 from lmjax.engine.run import Run
 from lmjax.evaluate.losses import Losses
@@ -19,7 +18,6 @@ from lmjax.models.qwen import qwen, qwen2, qwen3
 from lmjax.ops.rope import LinearScaling, RopeScaling, YarnScaling
 from lmjax.optim.presets import adafactor, adamw, lion, sgd
 from lmjax.optim.schedules import constant, cosine, inverse_sqrt, linear, wsd
-from lmjax.sharding import Layout
 from lmjax.tasks.causal_lm import CausalLM
 
 SIZES = {"num_layers": 1, "dim": 16, "num_heads": 2, "vocab_size": 300, "max_length": 16}
@@ -105,9 +103,7 @@ def get_config(
         data=data,
         steps=10,
         batch_size=4,
-        layout=call(Layout),
         precision=call(Precision),
-        guard=call(Guard),
         evals={
             "valid": call(Losses, data=held_out, batch_size=4),
             "sample": call(Samples, model=network, prompt="a", max_tokens=4),
