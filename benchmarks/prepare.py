@@ -21,6 +21,7 @@ linux-doc-6.1 dict-gcide libreoffice-help-en-us`, unpacked by `dpkg -x FILE x`, 
     python -m benchmarks.prepare --corpus=text:x/usr/share/doc/linux-doc-6.1/Documentation,\
 gcide.txt,x/usr/share/libreoffice/help/en-US,email:package/data/*/*.txt
 
+With --unfiltered all of the corpus goes through deduplication and tokens, by lmjax alone.
 datatrove has an environment of its own, made in build/ at the first use, or --datatrove=PYTHON. It
 takes some minutes for 100 MB; --megabytes=20 --rounds=3 is sooner done, and favours it, as what it
 costs to start counts for us alone.
@@ -124,10 +125,10 @@ def children_cpu_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def ours(corpus: Path, tokenizer: Path, workers: int, out: Path) -> dict[str, Any]:
+def ours(corpus: Path, tokenizer: Path, workers: int, out: Path, *, worker: str) -> dict[str, Any]:
     """A turn of ours: what it took, and documents, MB and seconds by stage."""
     command = [sys.executable, "-m", "lmjax.prepare", f"--workers={workers}", f"--workdir={out}"]
-    command += [f"--config={ROOT / 'benchmarks' / 'worker_prepare_lmjax.py'}"]
+    command += [f"--config={ROOT / 'benchmarks' / worker}"]
     command += [f"--config.sources.corpus.path={corpus}"]
     command += [f"--config.tokens.vocabulary.path={tokenizer}"]
     told: dict[str, Any] = turn(command, out.with_suffix(".log"))
@@ -221,11 +222,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of each side")
     parser.add_argument("--sides", default="lmjax,datatrove")
+    parser.add_argument("--unfiltered", action="store_true", help="no rules; of lmjax alone")
     parser.add_argument("--datatrove", default="", help="the Python that holds datatrove")
     parser.add_argument("--json", default="", help="also write the results to this file")
     options = parser.parse_args()
     # Processes that outlive those who started them become children of this one, and are counted.
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+    if options.unfiltered:
+        options.sides = "lmjax"
+    worker = f"worker_prepare_{'unfiltered' if options.unfiltered else 'lmjax'}.py"
     python = datatrove_python(options.datatrove) if "datatrove" in options.sides else ""
     corpus, tokenizer = inputs(options.corpus.split(","), options.megabytes, options.tokenizer)
     turns: dict[str, list[dict[str, Any]]] = {side: [] for side in options.sides.split(",")}
@@ -234,7 +239,7 @@ def main() -> None:
             out = FOLDER / f"run-{side}"
             shutil.rmtree(out, ignore_errors=True)
             if side == "lmjax":
-                took.append(ours(corpus, tokenizer, options.workers, out))
+                took.append(ours(corpus, tokenizer, options.workers, out, worker=worker))
             else:
                 took.append(theirs(python, corpus, tokenizer, options.workers, out))
             shutil.rmtree(out, ignore_errors=True)

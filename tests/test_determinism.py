@@ -209,9 +209,8 @@ def uninterrupted(corpora, tmp_path_factory):
     return jax.device_get(state), found
 
 
-@pytest.mark.parametrize(
-    "deaths", [(21,), pytest.param((5, 12, 13, 47), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow  # by default test_configs resumes a run, and test_launcher kills one
+@pytest.mark.parametrize("deaths", [(21,), (5, 12, 13, 47)], ids=str)
 def test_a_run_that_dies_and_is_started_again_is_bit_equal(
     deaths, corpora, uninterrupted, tmp_path
 ):

@@ -164,6 +164,7 @@ def test_sigterm_saves_and_says_how_to_go_on(stopped):
     assert steps_of(workdir) == list(range(1, step + 1))
 
 
+@pytest.mark.slow
 def test_the_printed_command_goes_on_to_the_end(stopped, launch):
     workdir, _, (output, _) = stopped
     (line,) = [line for line in output.splitlines() if "To continue: " in line]

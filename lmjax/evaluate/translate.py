@@ -25,7 +25,6 @@ from lmjax.flags import fail, parse_flags
 from lmjax.hardware import prepare
 
 if TYPE_CHECKING:
-    from lmjax.data.parallel import Parallel
     from lmjax.generate.translator import Translator
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of a run", required=True)
@@ -86,7 +85,7 @@ def main(argv: list[str]) -> None:
 def _held_out(translator: Translator) -> tuple[list[str], list[str]]:
     """Translates what the run held out, and prints how well; (sources, translations)."""
     from lmjax.evaluate.bleu import SIGNATURE, corpus_bleu
-    from lmjax.evaluate.translation import baselines, shown
+    from lmjax.evaluate.translation import baselines, held_out_pairs, shown
 
     data = held_out_pairs(WORKDIR.value)
     pairs = list(data.pairs)
@@ -105,31 +104,6 @@ def _held_out(translator: Translator) -> tuple[list[str], list[str]]:
     for name, bleu in found.items():
         print(f"  {name:<12} {bleu}")
     return sources, made
-
-
-def held_out_pairs(workdir: str | Path) -> Parallel:
-    """The validation split of the run's data.
-
-    Raises UserError where the config names no pairs, or its files are gone.
-    """
-    from lmjax.config import build, from_dict
-    from lmjax.data.parallel import Parallel, validation
-
-    config = Path(workdir) / "config.json"
-    try:
-        data = build(from_dict(json.loads(config.read_text())["data"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{error} " if isinstance(error, UserError) else ""
-        raise UserError(
-            f"{reason}The config of {workdir} leads to no pairs that were held out: name texts to "
-            "translate, as --data=FILE."
-        ) from error
-    if not isinstance(data, Parallel):
-        raise UserError(
-            f"the run's data is a {type(data).__name__}, not pairs of texts: name texts to "
-            "translate, as --data=FILE."
-        )
-    return validation(data)
 
 
 def _lines(path: str) -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from lmjax.config import build, from_dict
 from lmjax.core import Dataset, EncoderDecoder, Session, Task
 from lmjax.data.pairs import Pair
-from lmjax.data.parallel import Parallel
+from lmjax.data.parallel import Parallel, validation
 from lmjax.errors import UserError
 from lmjax.evaluate.bleu import Bleu, corpus_bleu
 from lmjax.evaluate.dictionary import learn_dictionary
@@ -120,3 +123,25 @@ def shown(pairs: Sequence[Pair], made: Sequence[str], count: int) -> str:
         f"source:    {pair.source}\nreference: {pair.target}\nmade:      {text}"
         for pair, text in list(zip(pairs, made, strict=True))[::step][:count]
     )
+
+
+def held_out_pairs(workdir: str | Path) -> Parallel:
+    """The validation split of the run's data.
+
+    Raises UserError where the config names no pairs, or its files are gone.
+    """
+    config = Path(workdir) / "config.json"
+    try:
+        data = build(from_dict(json.loads(config.read_text())["data"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{error} " if isinstance(error, UserError) else ""
+        raise UserError(
+            f"{reason}The config of {workdir} leads to no pairs that were held out: name texts to "
+            "translate, as --data=FILE."
+        ) from error
+    if not isinstance(data, Parallel):
+        raise UserError(
+            f"the run's data is a {type(data).__name__}, not pairs of texts: name texts to "
+            "translate, as --data=FILE."
+        )
+    return validation(data)

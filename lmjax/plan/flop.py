@@ -41,6 +41,8 @@ def _part(path: str) -> str:
     """'/transpose(jvp(DecoderLM))/blocks/block/attention/qkv/...' -> 'attention/qkv'."""
     names: list[str] = []
     for name in path.split("/"):
+        if re.fullmatch(r"\w+\.\w+", name):
+            continue  # a method of the module that was named before it
         if "jvp(" in name:
             names += re.findall(r"\w+(?=\))", name)[:1]
         elif "(" in name or "," in name or name == "shard_map":

@@ -169,14 +169,14 @@ def test_one_document_in_a_stream_is_the_file(tmp_path: Path) -> None:
 def test_tokenizer_and_corpus_are_read_once(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = Text(path=folder, length=9, vocabulary=BPE(vocab_size=270), valid_fraction=0.31)
     text._windows, validation(text)._windows
-    monkeypatch.setattr(source, "_decode", None)
+    monkeypatch.setattr(source, "text_of_file", None)
     again = Text(path=folder, length=7, vocabulary=BPE(vocab_size=270), valid_fraction=0.31)
     assert again.tokenizer is text.tokenizer is validation(text).tokenizer
     assert again._windows.tokens is text._windows.tokens
 
 
 def test_static_properties_read_nothing(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    monkeypatch.setattr(source, "_decode", None)
+    monkeypatch.setattr(source, "text_of_file", None)
     text = Text(path=folder, valid_fraction=0.123, vocabulary=BPE(vocab_size=512))
     assert text.example["tokens"].shape == (256,)
     assert vocab_size(text) == 512

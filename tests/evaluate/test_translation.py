@@ -16,8 +16,7 @@ from lmjax.data.parallel import Parallel, validation
 from lmjax.data.vocabulary import Bytes, Characters
 from lmjax.errors import UserError
 from lmjax.evaluate.bleu import corpus_bleu
-from lmjax.evaluate.translate import held_out_pairs
-from lmjax.evaluate.translation import Translations, baselines
+from lmjax.evaluate.translation import Translations, baselines, held_out_pairs
 from lmjax.generate.language_model import load
 from lmjax.tasks.translate import Translate
 from tests.generate.translating import CHARACTERS, ROOM, write_run

@@ -53,7 +53,7 @@ def gradients_of(train=False, **changes):
     "change",
     [
         {"remat": "full", "unroll": 2, "dropout": 0.2, "train": True},
-        {"remat": "dots", "unroll": 3},
+        pytest.param({"remat": "dots", "unroll": 3}, marks=pytest.mark.slow),
         pytest.param({"remat": "attention"}, marks=pytest.mark.slow),
         pytest.param({"remat": "offload"}, marks=pytest.mark.slow),
         {"remat": Tensors(keep=("up", "attention"), offload=("block", "qkv"))},

@@ -36,6 +36,7 @@ SIZES = {
 }
 HEADS = {"num_heads": 4, "num_kv_heads": 2}
 GEMMA = {"head_dim": 10, "window": 5, "query_scale": 14**-0.5}
+ALIKE = {"mistral", "qwen3_moe"}  # made of parts that another family proves by default
 MODELS = {
     "llama": functools.partial(
         llama, rope_theta=500.0, rope_scaling=RopeScaling(factor=8.0, original_length=16)
@@ -180,7 +181,10 @@ def same_gradients(found, expected, *, atol):
         )
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.slow if f in ALIKE else ()) for f in MODELS],
+)
 def test_equals_stored_transformers_reference(family):
     """Of random weights that `family_reference` gave to a model of transformers."""
     agrees(family, stored(family))

@@ -87,6 +87,7 @@ def test_flop_counts_products_and_attention(model):
     assert model.flop_per_token(16)[0] == products + 2 * 4 * 32 * 17 / 2
 
 
+@pytest.mark.slow
 def test_initialisation_is_the_table():
     model = llama(num_layers=8, dim=128, num_heads=4, vocab_size=1000, max_length=16)
     init = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))

@@ -133,6 +133,7 @@ def test_cached_logits_equal_full_forward(model, variables):
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_auxiliary_losses_are_descended_summed_over_layers(model, variables, batch):
     """total = nll + sum over losses of weight * sum over layers and tokens; reports are means."""
     weights = {"load_balance_loss": 0.1, "router_z_loss": 0.01}

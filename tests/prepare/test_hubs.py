@@ -136,9 +136,9 @@ class Google(Hub):
 
 def served(kind: type[Hub], files: dict[str, bytes]) -> tuple[ThreadingHTTPServer, str]:
     handler = type("Handler", (kind,), {"files": files})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = ThreadingHTTPServer(("localhost", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server, f"http://127.0.0.1:{server.server_address[1]}"
+    return server, f"http://localhost:{server.server_address[1]}"
 
 
 @pytest.fixture

@@ -110,6 +110,7 @@ def test_packed_pairs_are_pairs_apart(model):
     np.testing.assert_allclose(packed.value, apart.value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_of_zeros_do_not_matter():
     """Rows that complete a batch, and padding: no NaN comes of tokens that see nothing."""
     batch = a_batch(2)
