@@ -3,7 +3,9 @@
 Command:  pip install --no-deps recbole==1.2.1     (which holds the ratings; for research alone)
           python -m lmjax.train --config=configs/deepfm.py --workdir=DIR
 Hardware: 2 CPU cores
-Result:   to be measured
+Result:   area under the ROC curve 0.7823 and accuracy 0.718 on 20,041 held-out ratings (measured);
+          `python -m benchmarks.logistic configs/deepfm.py` on the same rows, every category and
+          genre as zeros and ones: 0.7760 and 0.713; of user and film alone 0.7755
 """
 
 from ml_collections import FieldReference
