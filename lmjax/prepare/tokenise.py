@@ -100,7 +100,7 @@ class Tokenise:
 
     vocabulary: Vocabulary = field(default_factory=lambda: BPE(vocab_size=32768))
     sample_fraction: float = 1.0
-    sample_bytes: int = 200_000_000
+    sample_bytes: int = 100_000_000
     engine: Engine = "auto"
     checked_documents: int = 32
 
