@@ -34,7 +34,7 @@ VARIANTS = {
 
 def get_config():
     steps = FieldReference(3000)
-    size = FieldReference(16)
+    size = FieldReference(8)
     data = call(Images, path="digits", size=size, channels=1)
 
     def adam():
@@ -47,8 +47,8 @@ def get_config():
         Run,
         task=call(
             Adversarial,
-            generator=call(generator, size=size, channels=1, width=32, latent_dim=32),
-            discriminator=call(discriminator, size=size, width=32),
+            generator=call(generator, size=size, channels=1, width=64, latent_dim=32, start=2),
+            discriminator=call(discriminator, size=size, width=64, start=2),
         ),
         optimizer=call(
             by_path,

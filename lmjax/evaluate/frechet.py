@@ -41,10 +41,10 @@ class Frechet:
     """Compares images that an adversarial task makes with labelled real ones, and draws some.
 
     The features are the hidden layer (ReLU) of a classifier with one, learned of the images that
-    the run trains on and their labels when it is first asked: `full batch` Adam at 0.01, its seed
+    the run trains on and their labels when it is first asked: full-batch Adam at 0.01, its seed
     fixed, so that any run on the same data has the same one. Metrics:
       frechet: the distance of as many samples as there are images of both splits, to these.
-      frechet_real: of the training images to those of `data`: what no generator is asked to beat.
+      frechet_real: of one half of these images to the other: what no generator is asked to beat.
       classes: how many classes at least 1 % of the samples are of, by that classifier.
       classifier_accuracy: of the classifier, on `data`: what these numbers can be trusted for.
     The picture is samples.png of the run's folder.
@@ -97,13 +97,14 @@ class Frechet:
         made = self._samples(session, count)
         session.keep("samples.png", grid(made[: COLUMNS * ROWS], columns=COLUMNS, scale=4))
         net = self._classifier(session)
-        (seen, _), (held, scores), (drawn, guesses) = (
-            _features(net, images) for images in (train[0], valid[0], made)
+        real = np.random.default_rng(self.seed).permutation(np.concatenate([train[0], valid[0]]))
+        (seen, _), (_, scores), (drawn, guesses) = (
+            _features(net, images) for images in (real, valid[0], made)
         )
         shares = np.bincount(guesses.argmax(-1), minlength=guesses.shape[-1]) / count
         return {
-            "frechet": frechet_distance(drawn, np.concatenate([seen, held])),
-            "frechet_real": frechet_distance(seen, held),
+            "frechet": frechet_distance(drawn, seen),
+            "frechet_real": frechet_distance(seen[: count // 2], seen[count // 2 :]),
             "classes": float(np.sum(shares >= FEWEST)),
             "classifier_accuracy": float(np.mean(scores.argmax(-1) == valid[1])),
         }

@@ -5,8 +5,8 @@ Adversarial Networks", arXiv:1511.06434, section 3 and figure 1: no pooling, bat
 for the generator's output and the discriminator's input, ReLU in the one, leaky ReLU (0.2) in the
 other, tanh at the end. Images lie between 0 and 1 outside of both networks, and -1 and 1 within.
 
-Departure: an image of size 4 x 2^n has n layers that double it, the last of them with `width`
-channels coming in, so that small images are made too.
+Departure: an image of size `start` x 2^n has n layers that double it, the last of them with `width`
+channels coming in, so that small images are made too; the paper's start with 4 x 4.
 
 | parameter | initialisation |
 |---|---|
@@ -30,7 +30,6 @@ from lmjax.layers.batch_norm import BatchNorm
 from lmjax.layers.conv import Conv, ConvTranspose
 from lmjax.layers.linear import Linear
 
-START = 4  # height and width of the first image, in pixels
 _normal = nn.initializers.normal(0.02)
 
 
@@ -38,12 +37,15 @@ def _scale(rng: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> 
     return 1 + _normal(rng, shape, dtype)
 
 
-def _doublings(size: int) -> int:
-    """n of size = START x 2^n; raises UserError where there is none, or it is 0."""
-    n = (size // START).bit_length() - 1
-    if n < 1 or START * 2**n != size:
-        near = [START * 2 ** max(1, n), START * 2 ** max(2, n + 1)]
-        raise UserError(f"size is {size}: give 8, 16, 32, ..., as {near[0]} or {near[1]}.")
+def _doublings(size: int, start: int) -> int:
+    """n of size = start x 2^n; raises UserError where there is none, or it is 0."""
+    n = (size // start).bit_length() - 1
+    if n < 1 or start * 2**n != size:
+        near = [start * 2 ** max(1, n), start * 2 ** max(2, n + 1)]
+        raise UserError(
+            f"size is {size}, which {start} is not doubled to: give {near[0]} or {near[1]}, or "
+            "another start."
+        )
     return n
 
 
@@ -54,6 +56,7 @@ class DCGenerator(nn.Module):
     channels: int
     width: int
     latent_dim: int
+    start: int = 4
     dtype: str = "float32"
 
     @property
@@ -63,7 +66,7 @@ class DCGenerator(nn.Module):
 
     def layers(self) -> list[tuple[str, ConvTranspose]]:
         """What doubles the image, in order, by name."""
-        n = _doublings(self.size)
+        n = _doublings(self.size, self.start)
         found = []
         for i in range(n):
             last = i + 1 == n
@@ -84,14 +87,14 @@ class DCGenerator(nn.Module):
     @property
     def first(self) -> int:
         """Channels of the first image."""
-        return int(self.width * 2 ** (_doublings(self.size) - 1))
+        return int(self.width * 2 ** (_doublings(self.size, self.start) - 1))
 
     @nn.compact
     def __call__(self, z_BZ: jax.Array, *, train: bool = False) -> jax.Array:
         """Shapes: [B, Z] -> [B, H, W, C], float32."""
         norm = partial(BatchNorm, scale_init=_scale, dtype=self.dtype)
         x_BF = Linear(
-            features=(START, START, self.first),
+            features=(self.start, self.start, self.first),
             axes=(None, None, None, "embed"),
             use_bias=False,
             kernel_init=_normal,
@@ -107,7 +110,8 @@ class DCGenerator(nn.Module):
 
     def flop(self) -> float:
         """FLOP of making one image."""
-        total, size, channels = 2.0 * self.latent_dim * START**2 * self.first, START, self.first
+        size, channels = self.start, self.first
+        total = 2.0 * self.latent_dim * size**2 * channels
         for _, layer in self.layers():
             total += layer.flop(size, size, channels)
             size, channels = layer.out_size(size), layer.features
@@ -119,6 +123,7 @@ class DCDiscriminator(nn.Module):
 
     size: int
     width: int
+    start: int = 4
     dtype: str = "float32"
 
     def layers(self) -> list[tuple[str, Conv]]:
@@ -137,7 +142,7 @@ class DCDiscriminator(nn.Module):
                     parent=None,
                 ),
             )
-            for i in range(_doublings(self.size))
+            for i in range(_doublings(self.size, self.start))
         ]
 
     @nn.compact
@@ -175,20 +180,27 @@ def generator(
     channels: int = 3,
     width: int = 64,
     latent_dim: int = 100,
+    start: int = 4,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> DCGenerator:
     """The paper's generator; 3,576,704 parameters with the numbers that stand here.
 
     Args:
-      size: height and width of an image: 8, 16, 32, ...
+      size: height and width of an image: `start`, doubled once or more often.
       channels: 3 for colours, 1 for grey.
       width: channels before the last layer; each layer before it has twice as many.
       latent_dim: random numbers for an image.
+      start: height and width of the first image.
       dtype: of the products' operands; parameters are float32.
     """
-    _check(size, channels=channels, width=width, latent_dim=latent_dim)
+    _check(size, start, channels=channels, width=width, latent_dim=latent_dim)
     return DCGenerator(
-        size=size, channels=channels, width=width, latent_dim=latent_dim, dtype=dtype
+        size=size,
+        channels=channels,
+        width=width,
+        latent_dim=latent_dim,
+        start=start,
+        dtype=dtype,
     )
 
 
@@ -196,21 +208,23 @@ def discriminator(
     *,
     size: int = 64,
     width: int = 64,
+    start: int = 4,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> DCDiscriminator:
     """The paper's discriminator.
 
     Args:
-      size: height and width of an image: 8, 16, 32, ...
+      size: height and width of an image: `start`, doubled once or more often.
       width: channels after the first layer; each layer after it has twice as many.
+      start: height and width of the last image.
       dtype: of the products' operands; parameters are float32.
     """
-    _check(size, width=width)
-    return DCDiscriminator(size=size, width=width, dtype=dtype)
+    _check(size, start, width=width)
+    return DCDiscriminator(size=size, width=width, start=start, dtype=dtype)
 
 
-def _check(size: int, **numbers: int) -> None:
-    _doublings(size)
-    for name, value in numbers.items():
+def _check(size: int, start: int, **numbers: int) -> None:
+    for name, value in {**numbers, "start": start}.items():
         if value < 1:
             raise UserError(f"{name} is {value}: must be at least 1.")
+    _doublings(size, start)

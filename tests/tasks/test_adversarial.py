@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused():
     ):
         TASK.check(Images(path="glyphs", size=16))
     TASK.check(Images(path="glyphs"))
-    with pytest.raises(UserError, match=r"size is 20: give 8, 16"):
+    with pytest.raises(UserError, match=r"size is 20, which 4 is not doubled to: give 16 or 32"):
         generator(size=20)
     with pytest.raises(UserError, match=r"real_label is 0\.2"):
         Adversarial(generator=TASK.generator, discriminator=TASK.discriminator, real_label=0.2)
