@@ -8,6 +8,10 @@ loads, or, where --to ends in .gguf, a file that llama.cpp loads (--dtype=float3
 `export-adapter --workdir=DIR --to=DIR` writes a run's adapter for peft, and `merge --workdir=DIR
 --to=WORKDIR` writes a workdir whose weights hold what a run's adapters do.
 
+`prune --workdir=DIR --to=WORKDIR --method=wanda --text=PATH` writes a workdir with half of the
+weights of every product set to zero (another share: --sparsity=0.3; a pattern: --pattern=2:4), and
+says what that does to the loss on the text's last tenth. --method=magnitude needs no text.
+
 Exit codes: 0; 2 for a bad folder, file or flag.
 """
 
@@ -34,6 +38,10 @@ DTYPE = flags.DEFINE_string(
     "same",
     "of the weights written: same, float32 or bfloat16; of a .gguf file float32 or q8_0",
 )
+METHOD = flags.DEFINE_string("method", "wanda", "prune: wanda or magnitude")
+PATTERN = flags.DEFINE_string("pattern", "", "prune: of how many weights how many stay, as 2:4")
+SPARSITY = flags.DEFINE_float("sparsity", 0.5, "prune: the share of zeros, where no pattern is")
+TEXT = flags.DEFINE_string("text", "", "prune: file, folder or glob of text that wanda reads")
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "export: the most of one file", lower_bound=1e-9)
 
 
@@ -110,12 +118,33 @@ def _merge() -> str:
     return f"wrote {to} without adapters"
 
 
+def _prune() -> str:
+    from lmjax.convert.pruned import prune
+
+    to = _given(TO, "prune")
+    found = prune(
+        _given(WORKDIR, "prune"),
+        to,
+        method=METHOD.value,  # type: ignore[arg-type]
+        pattern=PATTERN.value or "",
+        sparsity=SPARSITY.value or 0.0,
+        text=TEXT.value or "",
+        step=STEP.value,
+    )
+    for path, share in found.sparsity.items():
+        print(f"{path}: {share:.2%} zeros")
+    if TEXT.value:
+        print(f"loss on the text's last tenth: {found.before:.4f} before, {found.after:.4f} after")
+    return f"wrote {to}"
+
+
 COMMANDS = {
     "import": _import,
     "export": _export,
     "import-adapter": _import_adapter,
     "export-adapter": _export_adapter,
     "merge": _merge,
+    "prune": _prune,
 }
 
 if __name__ == "__main__":

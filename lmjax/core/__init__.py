@@ -13,9 +13,10 @@ from lmjax.core.models import (
     Unembedding,
 )
 from lmjax.core.tasks import Evaluator, Predicts, Session, Task
-from lmjax.core.values import CARRY, Batch, Mean, Output, Spec, Variables, Work
+from lmjax.core.values import ASIDE, CARRY, Batch, Mean, Output, Spec, Variables, Work
 
 __all__ = [
+    "ASIDE",
     "CARRY",
     "Batch",
     "Dataset",

@@ -18,6 +18,8 @@ Spec = Mapping[str, jax.ShapeDtypeStruct]  # one example, without the batch axis
 # The collection of what rows take from a training batch to the next. Its arrays have a row for each
 # of the batch's; `Task.init` makes them for one.
 CARRY = "carry"
+# The branch of "params" for what a task has beside its model (a teacher): inference reads none.
+ASIDE = "aside"
 
 
 @struct.dataclass

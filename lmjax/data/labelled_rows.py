@@ -72,7 +72,7 @@ def read_rows(
     fields = (text_field, label_field, *([split_field] if split_field else ()))
     good: list[Row] = []
     bad: list[Bad] = []
-    for file in _files(path):
+    for file in named_files(path):
         try:
             text = file.read_bytes().decode(encoding, "surrogateescape").removeprefix("\ufeff")
         except (OSError, LookupError, UnicodeError) as error:
@@ -131,7 +131,8 @@ def made() -> list[Row]:
     ]
 
 
-def _files(path: str) -> Sequence[Path]:
+def named_files(path: str) -> Sequence[Path]:
+    """The files of a path, or of an installed package ("package:NAME/PATH")."""
     if not path.startswith(PACKAGE):
         return find_files(path)
     name, _, inside = path.removeprefix(PACKAGE).partition("/")

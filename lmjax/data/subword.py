@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmjax.data.chat import ChatTemplate
+from lmjax.data.chat import ChatTemplate, Rendered
 from lmjax.data.pieces import (
     LARGEST_VOCABULARY,
     byte_level_piece,
@@ -176,6 +176,10 @@ class SubwordTokenizer:
             continue_final_message=continue_final_message,
             variables=variables,
         )
+        return self.encode_rendered(rendered)
+
+    def encode_rendered(self, rendered: Rendered) -> ChatTokens:
+        """The ids of what a template made, and which of them lie in the assistant's spans."""
         with explained("the tokenizer cannot spell the conversation"):
             encoded = self._controlled.encode(rendered.text, add_special_tokens=False)
         said = np.zeros(len(encoded.ids), bool)

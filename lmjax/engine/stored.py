@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmjax.core import CARRY
+from lmjax.core import ASIDE, CARRY
 from lmjax.engine import manifest
 from lmjax.engine.manifest import Damaged
 from lmjax.errors import UserError
@@ -148,7 +148,8 @@ class Stored:
 def variables(paths: Iterable[str]) -> dict[str, str]:
     """Which arrays of a state are the variables that inference needs: by the variable's path.
 
-    Of parameters that were averaged in training, the average; what rows of training carry is none.
+    Of parameters that were averaged in training, the average; what rows of training carry is none,
+    and neither is what a task has beside its model (`core.ASIDE`).
     """
     paths, found = list(paths), {}
     for path in paths:
@@ -162,7 +163,7 @@ def variables(paths: Iterable[str]) -> dict[str, str]:
         before, _, name = path.partition(f"/{AVERAGE}/")
         if before == averages[0].partition(f"/{AVERAGE}/")[0]:
             found[f"params/{name}"] = path
-    return found
+    return {name: path for name, path in found.items() if not name.startswith(f"params/{ASIDE}/")}
 
 
 def verify(stored: Stored) -> list[str]:

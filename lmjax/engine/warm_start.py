@@ -16,7 +16,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmjax import sharding
-from lmjax.core import Batch, Variables
+from lmjax.core import ASIDE, Batch, Variables
 from lmjax.engine import distributed, manifest
 from lmjax.engine.manifest import Damaged
 from lmjax.engine.program import COMPILER_OPTIONS, Draft, Program
@@ -217,8 +217,15 @@ def start(
         ) from error
     log.info("start from %s, step %d:\n  %s", stored.folder, saved["step"], chosen.report())
     for name, text in run.data.fitted.items():
-        if saved.get(name) not in (None, text):
-            log.warning("its %s is another than this run's: the same numbers mean another", name)
+        if saved.get(name) in (None, text):
+            continue
+        if aside := [path for path in chosen.loaded if path.startswith(f"{ASIDE}/")]:
+            raise UserError(
+                f"init_from: the {name} of {warm.path} is another than this run's data has: what "
+                f"{aside[0].split('/')[1]} says of a token would be said of another one. Give this "
+                f"run the {name} of that one (text: vocabulary=Pretrained(path={warm.path!r}))."
+            )
+        log.warning("its %s is another than this run's: the same numbers mean another", name)
     exact = {
         path: x
         for path, x in arrays.items()

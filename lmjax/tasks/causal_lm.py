@@ -10,7 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmjax.core import CARRY, Batch, Decoder, Mean, Output, Spec, TextDataset, Variables, Work
+from lmjax.core import (
+    CARRY,
+    Batch,
+    Decoder,
+    DecoderOutput,
+    Mean,
+    Output,
+    Spec,
+    TextDataset,
+    Variables,
+    Work,
+)
 from lmjax.errors import UserError, did_you_mean
 from lmjax.ops.losses import cross_entropy
 
@@ -79,6 +90,13 @@ class CausalLM:
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array, *, train: bool) -> Output:
         """The loss and, where bytes are known, bits per byte."""
+        output, model_state = self.forward(variables, batch, rng, train=train)
+        return self.judged(output, model_state, batch, train=train)
+
+    def forward(
+        self, variables: Variables, batch: Batch, rng: jax.Array, *, train: bool
+    ) -> tuple[DecoderOutput, Variables]:
+        """What the model makes of a batch, and its collections that have changed."""
         changing = [name for name in variables if train and name != "params"]
         if CARRY in changing:
             variables = {**variables, CARRY: _going_on(variables[CARRY], batch["continues"])}
@@ -94,6 +112,12 @@ class CausalLM:
         model_state: Variables = {}
         if changing:
             output, model_state = output
+        return output, model_state
+
+    def judged(
+        self, output: DecoderOutput, model_state: Variables, batch: Batch, *, train: bool
+    ) -> Output:
+        """The loss of what `forward` gave."""
         nll_BT, z_BT = cross_entropy(
             output.hidden_BTD,
             output.unembedding,
