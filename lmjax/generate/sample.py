@@ -111,8 +111,11 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, settings: Mapping[str, jax.A
     def draw() -> jax.Array:
         scaled_BV = logits_BV / jnp.maximum(settings["temperature"], 1e-6)
         V = scaled_BV.shape[-1]
-        # Without the barrier XLA:CPU sorts all tokens: it knows a top_k by how it is used.
-        top_BC, ids_BC = jax.lax.optimization_barrier(jax.lax.top_k(scaled_BV, min(CANDIDATES, V)))
+        # Without barriers XLA:CPU sorts all tokens: it knows a top_k by how it is used. One barrier
+        # for both ends the process where the logits are split over devices.
+        top_BC, ids_BC = map(
+            jax.lax.optimization_barrier, jax.lax.top_k(scaled_BV, min(CANDIDATES, V))
+        )
         kept_BC, enough = _kept(top_BC, scaled_BV, settings)
         return jax.lax.cond(
             enough,

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lmjax.errors import UserError
 from lmjax.generate import sample as module
 from lmjax.generate.sample import Sampling, filtered, penalised, sample
+from lmjax.sharding import Layout
 
 SETTINGS = {
     "temperature": {"temperature": 2.0},
@@ -95,6 +97,17 @@ def test_few_candidates_give_what_all_tokens_give(monkeypatch):
     everything = drawn()
     monkeypatch.setattr(module, "CANDIDATES", 8)
     assert drawn() == everything
+
+
+def test_logits_that_devices_share_are_drawn_alike(devices):
+    """The vocabulary is split as the output layer splits it."""
+    random = np.random.default_rng(0)
+    x_BD = random.standard_normal((4, 8)).astype(np.float32)
+    w_DV = random.standard_normal((8, 4096)).astype(np.float32)
+    keys, how = jax.random.split(jax.random.key(5), 4), Sampling(temperature=1.0, top_k=40).arrays()
+    run = jax.jit(lambda w_DV: sample(x_BD @ w_DV, keys, how))
+    halves = NamedSharding(Layout(tensor=2).mesh(devices[:2]), PartitionSpec(None, "tensor"))
+    assert run(jax.device_put(w_DV, halves)).tolist() == run(w_DV).tolist()
 
 
 def test_a_row_is_drawn_as_it_is_alone():
