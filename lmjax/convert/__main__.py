@@ -125,7 +125,7 @@ def _prune() -> str:
     found = prune(
         _given(WORKDIR, "prune"),
         to,
-        method=METHOD.value,  # type: ignore[arg-type]
+        method=METHOD.value,  # type: ignore[arg-type]  # an enum flag is a str to the type checker
         pattern=PATTERN.value or "",
         sparsity=SPARSITY.value or 0.0,
         text=TEXT.value or "",

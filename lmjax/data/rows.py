@@ -127,8 +127,9 @@ def _csv(file: Path, delimiter: str) -> Rows:
 def _opened(file: Path) -> io.TextIOBase:
     how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     if file.suffix == ".gz":
+        # No overload is found for arguments in a dict.
         return gzip.open(file, "rt", **how)  # type: ignore[call-overload]
-    return file.open("r", **how)  # type: ignore[call-overload]
+    return file.open("r", **how)  # type: ignore[call-overload]  # likewise
 
 
 def _parsed(text: io.TextIOBase, file: Path, delimiter: str) -> Rows:

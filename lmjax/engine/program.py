@@ -94,7 +94,7 @@ def draft_program(
     trainable: str = "",
     seed: int = 0,
     precision: Precision = Precision(),  # noqa: B008, as it is frozen
-    guard: Guard = Guard(),  # noqa: B008
+    guard: Guard = Guard(),  # noqa: B008, likewise
     devices: Sequence[jax.Device] | None = None,
 ) -> Draft:
     """Traces the training step, from abstract shapes.

@@ -30,9 +30,12 @@ def frechet_distance(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
     """
     mean = np.sum((a_NF.mean(0) - b_NF.mean(0)) ** 2)
     covariances = [np.cov(x.astype(np.float64), rowvar=False) for x in (a_NF, b_NF)]
-    values, vectors = np.linalg.eigh(covariances[0])
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    both = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ covariances[1] @ root), 0)).sum()
+    roots = []
+    for covariance in covariances:
+        values, vectors = np.linalg.eigh(covariance)
+        roots.append((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
+    # tr (C_a C_b)^(1/2) is the sum of these, which no root of a rounded zero spoils.
+    both = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
     return float(mean + sum(np.trace(c) for c in covariances) - 2 * both)
 
 

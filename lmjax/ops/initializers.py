@@ -46,6 +46,7 @@ def initializer(name: Init, *, std: float = 0.02) -> nn.initializers.Initializer
     if name == "truncated_normal":
         return nn.initializers.truncated_normal(std / _LEFT)
     scale, mode, distribution = _BY_FANS[name]
+    # The table's strings are no literals to the type checker.
     return nn.initializers.variance_scaling(scale, mode, distribution)  # type: ignore[arg-type]
 
 

@@ -19,7 +19,7 @@ class Pdf:
     def read(self, piece: Piece, sheet: Sheet) -> Iterator[None]:
         """Reads a document."""
         try:
-            import pypdf  # noqa: F401
+            import pypdf  # noqa: F401, whether it is there is all that is asked
         except ImportError as error:
             raise UserError("PDF files need `pip install pypdf`.") from error
         yield from read_whole(piece, sheet, _add)
