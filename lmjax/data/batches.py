@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,18 +13,123 @@ import grain
 import numpy as np
 from absl import flags
 
-from lmjax.core import Batch
+from lmjax.core import Batch, Dataset, TextDataset
+from lmjax.data.tokenizer import TextTokenizer
 from lmjax.errors import UserError
 
 MAX_WORKERS = 512
 
 
 class Examples(Protocol):
-    """Examples that are read many at a time."""
+    """Examples by number, read many at a time: a pure function, which worker processes share."""
 
     def rows(self, examples: Sequence[int]) -> Batch:
         """These examples, stacked; at least one."""
         ...
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """Examples that are made one at a time, by `at`."""
+
+    at: Callable[[int], Mapping[str, np.ndarray]]
+
+    def rows(self, examples: Sequence[int]) -> Batch:
+        """These examples, stacked."""
+        return stack([self.at(index) for index in examples])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """Other examples, each changed by `change(seed, number, example)`."""
+
+    examples: Examples
+    change: Callable[[int, int, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+    seed: int
+
+    def rows(self, examples: Sequence[int]) -> Batch:
+        """These examples, stacked."""
+        return self.changed(self.examples.rows(examples), examples)
+
+    def changed(self, batch: Batch, numbers: Sequence[int]) -> Batch:
+        """The examples of these numbers, which the batch holds as they were."""
+        made = []
+        for row, number in enumerate(numbers):
+            example = {name: value[row] for name, value in batch.items()}
+            made.append(self.change(self.seed, number, example))
+        return stack(made)
+
+    def epoch(
+        self, batches: Iterator[Batch], *, batch_size: int, shard: int, num_shards: int
+    ) -> Iterator[Batch]:
+        """Batches of an epoch, each changed by the numbers of its rows in the epoch."""
+        rows = batch_size // num_shards
+        for step, batch in enumerate(batches):
+            first = step * batch_size + shard * rows
+            yield self.changed(batch, range(first, first + rows))
+
+
+def stack(examples: Sequence[Mapping[str, np.ndarray]]) -> Batch:
+    """Examples as a batch."""
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+class Indexed(Protocol):
+    """A data set with an endless sequence of examples by number; gives what inherits it batches."""
+
+    @property
+    def workers(self) -> int:
+        """Processes that read batches; 0 reads in this one."""
+        return 0
+
+    def stacked(self, *, seed: int) -> Examples:
+        """The endless sequence of examples, many at a time."""
+        ...
+
+    def examples(self, *, seed: int) -> grain.MapDataset[Any]:
+        """The same, one by one."""
+        at = _At(self.stacked(seed=seed))
+        return grain.MapDataset.range(sys.maxsize).map(at)
+
+    def batches(
+        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
+    ) -> Generator[Batch, None, None]:
+        """Endless batches, from (seed, step) alone."""
+        return read_batches(
+            self.stacked(seed=seed),
+            batch_size=batch_size,
+            shard=shard,
+            num_shards=num_shards,
+            start=start,
+            workers=self.workers,
+        )
+
+
+class Source(Dataset, Protocol):
+    """A data set that others can be made of: its examples come by number."""
+
+    def stacked(self, *, seed: int) -> Examples:
+        """The endless sequence of examples, many at a time."""
+        ...
+
+
+class TextSource(Source, TextDataset, Protocol):
+    """Likewise, of text."""
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """What made the tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class _At:
+    """One example; a class, as workers pickle it."""
+
+    examples: Examples
+
+    def __call__(self, index: int) -> Mapping[str, np.ndarray]:
+        return {name: value[0] for name, value in self.examples.rows([index]).items()}
 
 
 def check_workers(workers: int) -> None:
@@ -37,7 +142,7 @@ def check_workers(workers: int) -> None:
 
 
 def read_batches(
-    examples: grain.MapDataset[Any] | Examples,
+    examples: Examples,
     *,
     batch_size: int,
     shard: int = 0,
@@ -52,7 +157,7 @@ def read_batches(
     costs the same. The iterator has `close()`, which ends its thread and processes.
 
     Args:
-      examples: dicts of arrays of one shape, one by one or many at a time.
+      examples: dicts of arrays of one shape, by number.
       batch_size: rows of a global batch.
       shard: which of the shards to read.
       num_shards: how many shards a batch is cut into; divides batch_size.
@@ -102,7 +207,7 @@ def _close(reference: weakref.ref[Generator[Batch, None, None]]) -> None:
 class _Reader:
     """Step to batch: a pure function, and the only thing that a worker process needs."""
 
-    examples: grain.MapDataset[Any] | Examples
+    examples: Examples
     batch_size: int
     rows: int
     first: int
@@ -113,18 +218,8 @@ class _Reader:
         end = begin + self.rows
         if self.num_examples is not None:
             end = min(end, self.num_examples)
-        if not isinstance(self.examples, grain.MapDataset):
-            return self._stacked(self.examples, range(begin, end))
-        read = [self.examples[index] for index in range(begin, end)]
-        if len(read) < self.rows:
-            like = read[0] if read else self.examples[0]
-            blank = {name: np.zeros_like(value) for name, value in like.items()}
-            read += [blank] * (self.rows - len(read))
-        return {name: np.stack([example[name] for example in read]) for name in read[0]}
-
-    def _stacked(self, examples: Examples, wanted: range) -> Batch:
-        """Likewise, of examples that come stacked."""
-        batch = examples.rows(wanted or range(1))
+        wanted = range(begin, end)
+        batch = self.examples.rows(wanted or range(1))
         if len(wanted) == self.rows:
             return batch
         blank = {

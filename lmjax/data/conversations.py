@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmjax.data.labelled_rows import Bad, named_files
-from lmjax.data.source import text_of_file
+from lmjax.data.quarantine import Bad, beginning
+from lmjax.data.source import find_files, text_of_file
 from lmjax.errors import UserError
 
 MADE = "made"
 ASSISTANT = "assistant"
-_RAW = 200  # of a record that is refused, how many characters are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +69,14 @@ def read_conversations(path: str) -> tuple[list[Conversation], list[Bad]]:
         return made(), []
     good: list[Conversation] = []
     bad: list[Bad] = []
-    for file in named_files(path):
+    for file in find_files(path):
         for name, record in _records(file):
             found = _conversation(name, record)
             if isinstance(found, Conversation):
                 good.append(found)
             else:
                 shown = record if isinstance(record, str) else json.dumps(record)
-                bad.append(Bad(name, found, shown[:_RAW]))
+                bad.append(Bad(name, found, beginning(shown)))
     if not good:
         why = f": {bad[0].name} has {bad[0].reason}" if bad else ""
         raise UserError(

@@ -24,7 +24,8 @@ def describe(
     `rows` rows (all where None): `example`, the number in the data set's sequence; `source` in a
     mixture; `pieces`, as `origins.Piece` and each with its text; `weightless`, the columns of
     weight 0; `padding`, the columns that hold no token of any document; `arrays`. Where the data
-    set tells no origins, `source`, `pieces` and `padding` are None, and there is `text`.
+    set tells no origins, `pieces` and `padding` are None, and there is `text`; `source` is None but
+    in a mixture.
     """
     data.check()
     batch = read_batch(data, number, batch_size=batch_size, seed=seed)
@@ -36,7 +37,8 @@ def describe(
     for row in range(batch_size if rows is None else min(rows, batch_size)):
         arrays = {name: value[row] for name, value in batch.items()}
         example = number * batch_size + row
-        told = _untold(data, arrays) if origins is None else _told(data, arrays, origins[example])
+        origin = None if origins is None else origins[example]
+        told = _told(data, arrays, origin)
         weightless = _ranges(arrays["weights"] == 0) if "weights" in arrays else []
         values = {name: value.tolist() for name, value in arrays.items()}
         shown.append(
@@ -58,7 +60,7 @@ def describe(
 def read_batch(data: TextDataset, number: int, *, batch_size: int, seed: int) -> Batch:
     """One global batch, all rows of it; read in this process, which changes no batch."""
     here: Any = data
-    if hasattr(data, "workers"):
+    if "workers" in getattr(here, "__dataclass_fields__", ()):
         here = dataclasses.replace(here, workers=0)
     batches = here.batches(batch_size=batch_size, seed=seed, start=number)
     batch: Batch = next(batches)
@@ -107,6 +109,7 @@ def spell(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"    text {piece['text']!r}"
             yield f"    ids {' '.join(map(str, tokens[begin:end]))}"
         if row["pieces"] is None:
+            yield "  its data set does not tell where it comes from"
             yield f"  text {row['text']!r}"
             yield f"  ids {' '.join(map(str, tokens))}"
         if row["weightless"]:
@@ -117,8 +120,14 @@ def spell(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"({size - len(rows)} more rows)"
 
 
-def _told(data: TextDataset, arrays: Mapping[str, np.ndarray], origin: Origin) -> dict[str, Any]:
+def _told(
+    data: TextDataset, arrays: Mapping[str, np.ndarray], origin: Origin | None
+) -> dict[str, Any]:
     """Source, pieces and padding of one row."""
+    if origin is None or origin.pieces is None:
+        text = data.tokenizer.decode(arrays["tokens"]) if "tokens" in arrays else ""
+        source = origin and origin.source
+        return {"source": source, "pieces": None, "padding": None, "text": text}
     tokens = arrays["tokens"]
     pieces, free = [], np.ones(len(tokens), bool)
     for piece in origin.pieces:
@@ -127,12 +136,6 @@ def _told(data: TextDataset, arrays: Mapping[str, np.ndarray], origin: Origin) -
         text = data.tokenizer.decode(tokens[columns])
         pieces.append({**dataclasses.asdict(piece), "text": text})
     return {"source": origin.source, "pieces": pieces, "padding": _ranges(free)}
-
-
-def _untold(data: TextDataset, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Likewise, of a data set that tells no origins."""
-    text = data.tokenizer.decode(arrays["tokens"]) if "tokens" in arrays else ""
-    return {"source": None, "pieces": None, "padding": None, "text": text}
 
 
 def _ranges(chosen: np.ndarray) -> list[Range]:

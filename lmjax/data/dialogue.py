@@ -6,21 +6,21 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from lmjax.core import Batch, Spec
-from lmjax.data.batches import check_workers, read_batches
+from lmjax.core import Spec
+from lmjax.data.batches import check_workers
 from lmjax.data.cache import cache_folder, is_sealed, write_atomically
 from lmjax.data.conversations import MADE, Conversation, read_conversations
 from lmjax.data.corpus import Split
 from lmjax.data.dialogue_rows import RowPacking, Rows, TooLong, write_rows
-from lmjax.data.labelled_rows import PACKAGE, Bad, quarantine, report
-from lmjax.data.shuffled import Shuffled
+from lmjax.data.quarantine import set_aside
+from lmjax.data.shuffled import InRows
 from lmjax.data.source import find_files
 from lmjax.data.subword import SubwordTokenizer
 from lmjax.data.vocabulary import Vocabulary
@@ -40,7 +40,7 @@ PLAIN_TEMPLATE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dialogue:
+class Dialogue(InRows):
     """Next-token prediction of what the assistant says; honours `core.TextDataset`.
 
     An example is a row of one or more conversations, each as the tokenizer's chat template writes
@@ -97,7 +97,7 @@ class Dialogue:
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"valid_fraction is {self.valid_fraction}: give one in [0, 1).")
         check_workers(self.workers)
-        if self.path != MADE and not self.path.startswith(PACKAGE):
+        if self.path != MADE:
             find_files(self.path)
 
     @property
@@ -151,44 +151,6 @@ class Dialogue:
         """What became of the conversations of this split."""
         return self._rows.counts
 
-    @property
-    def num_examples(self) -> int:
-        """Rows of this split."""
-        return self._rows.num_rows
-
-    def epochs(self, num_examples: int) -> Mapping[str, float]:
-        """How often `num_examples` drawn rows have gone through the conversations."""
-        return {self.path: num_examples / self.num_examples}
-
-    def stacked(self, *, seed: int) -> Shuffled:
-        """The endless sequence of rows, many at a time; `seed` orders the training split."""
-        return Shuffled(self._rows, self.num_examples, seed if self.split == "train" else None)
-
-    def batches(
-        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
-    ) -> Generator[Batch, None, None]:
-        """Endless batches, from (seed, step) alone; the validation split ignores the seed."""
-        return read_batches(
-            self.stacked(seed=seed),
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            start=start,
-            workers=self.workers,
-        )
-
-    def epoch_batches(
-        self, *, batch_size: int, shard: int = 0, num_shards: int = 1
-    ) -> Generator[Batch, None, None]:
-        """The split once, in order; rows of zeros complete the last batch."""
-        return read_batches(
-            self._rows,
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            num_examples=self.num_examples,
-        )
-
     @functools.cached_property
     def _rows(self) -> Rows:
         tokenizer, conversations = self.tokenizer, self.conversations
@@ -236,17 +198,8 @@ def validation(of: Dialogue, *, max_conversations: int = 0) -> Dialogue:
 @functools.lru_cache(maxsize=4)
 def _read(path: str) -> Sequence[Conversation]:
     good, bad = read_conversations(path)
-    _set_aside(path, len(good), bad)
+    set_aside(path, len(good), bad)
     return good
-
-
-def _set_aside(path: str, num_good: int, bad: Sequence[Bad]) -> None:
-    text = quarantine(bad)
-    folder = cache_folder() / "quarantine"
-    file = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.jsonl"
-    if bad and not file.exists():
-        write_atomically(file, lambda made: made.write_text(text, "utf-8"))
-    report(path, num_good, bad, file)
 
 
 @dataclass(frozen=True, kw_only=True)

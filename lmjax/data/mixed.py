@@ -15,15 +15,17 @@ from lmjax.data.batches import Examples
 
 @dataclass(frozen=True, kw_only=True)
 class MixedExamples:
-    """What a mixture holds, in its order, of sources that read many examples at a time.
+    """What a mixture holds, in its order, of the sources' own.
 
     Attributes:
       turns: (source, the number of its example) of each example of the mixture.
       sources: in the order of the mixture.
+      leave_out: arrays that some of them have, and the mixture has not.
     """
 
     turns: grain.MapDataset[Any]
     sources: tuple[Examples, ...]
+    leave_out: tuple[str, ...] = ()
 
     def rows(self, examples: Sequence[int]) -> Batch:
         """These examples, stacked."""
@@ -31,7 +33,9 @@ class MixedExamples:
         batch: dict[str, np.ndarray] = {}
         for source in np.unique(turns[:, 0]).tolist():
             places = np.flatnonzero(turns[:, 0] == source)
-            read = self.sources[source].rows(turns[places, 1].tolist())
+            read = dict(self.sources[source].rows(turns[places, 1].tolist()))
+            for name in self.leave_out:
+                read.pop(name, None)
             if len(places) == len(turns):
                 return read
             for name, value in read.items():

@@ -44,11 +44,12 @@ class Piece:
 class Origin:
     """The pieces of one example, in order; columns in none of them are padding.
 
-    `source` names the example's source in a mixture ("outer/inner" in a mixture of mixtures).
+    `pieces` are None where a data set does not tell where its tokens come from. `source` names the
+    example's source in a mixture ("outer/inner" in a mixture of mixtures).
     """
 
     source: str = ""
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from lmjax.core import Batch, Spec
-from lmjax.data.batches import check_workers, read_batches
+from lmjax.data.batches import Indexed, check_workers, read_batches
 from lmjax.data.corpus import Split
 from lmjax.data.origins import Origin, Piece
 from lmjax.data.packing import Packing, Rows, pack
@@ -29,7 +29,7 @@ from lmjax.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
+class Tokens(Indexed):
     """Next-token prediction over a store of tokens (docs/data.md); honours `core.Dataset`.
 
     An example has tokens and targets (int32 [length], targets one token ahead), weights (float32: 0
@@ -148,30 +148,13 @@ class Tokens:
             if size and (not self._weights or name in self._weights)
         }
 
-    def examples(self, *, seed: int) -> grain.MapDataset[Any]:
-        """The endless sequence of examples, one by one; `batches` reads them many at a time."""
-        return grain.MapDataset.range(sys.maxsize).map(self._examples(seed).at)
-
     def stacked(self, *, seed: int) -> PackedExamples:
-        """The same sequence, read many at a time."""
+        """The endless sequence of examples; the validation split's ignores the seed."""
         return self._examples(seed)
 
     def origins(self, *, seed: int) -> grain.MapDataset[Any]:
         """The `Origin` of every element of `examples(seed=seed)`."""
         return grain.MapDataset.range(sys.maxsize).map(self._examples(seed).origin)
-
-    def batches(
-        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
-    ) -> Generator[Batch, None, None]:
-        """Endless batches, from (seed, step) alone; the validation split ignores the seed."""
-        return read_batches(
-            self._examples(seed),
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            start=start,
-            workers=self.workers,
-        )
 
     def epoch_batches(
         self, *, batch_size: int, shard: int = 0, num_shards: int = 1
@@ -252,10 +235,6 @@ class PackedExamples:
     length: int
     token_bytes: np.ndarray
     seed: int | None
-
-    def at(self, example: int) -> Mapping[str, np.ndarray]:
-        """One example."""
-        return {name: value[0] for name, value in self.rows(range(example, example + 1)).items()}
 
     def rows(self, examples: Sequence[int]) -> Batch:
         """These examples, stacked; at 1,024 tokens a row some 10 ns a token."""

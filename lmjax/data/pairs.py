@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lmjax.data.quarantine import Bad, beginning
+from lmjax.data.rows import csv_records
 from lmjax.data.source import find_files, text_of_file
 from lmjax.errors import UserError, did_you_mean
 
@@ -36,15 +38,6 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused:
-    """What could not be used of a file, and why."""
-
-    name: str
-    reason: str
-    raw: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Pairs:
     """The two halves of a corpus.
 
@@ -56,7 +49,7 @@ class Pairs:
 
     train: Sequence[Pair]
     valid: Sequence[Pair]
-    refused: Sequence[Refused]
+    refused: Sequence[Bad]
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -67,7 +60,7 @@ def read_pairs(
     source_field: str = "source",
     target_field: str = "target",
     document_field: str = "",
-) -> tuple[list[Pair], list[Refused]]:
+) -> tuple[list[Pair], list[Bad]]:
     """Every pair of a corpus, in an order that depends on names alone, and what is no pair.
 
     Args:
@@ -84,30 +77,30 @@ def read_pairs(
     """
     if path == NUMBERS:
         return list(_numbers()), []
-    rows: Iterator[tuple[str, tuple[str, ...] | Refused]]
+    rows: Iterator[tuple[str, tuple[str, ...] | Bad]]
     if target_path:
         rows = _aligned(path, target_path)
     else:
         names = (source_field, target_field, *([document_field] if document_field else []))
         rows = (row for file in find_files(path) for row in _rows(file, names))
     pairs: list[Pair] = []
-    refused: list[Refused] = []
+    refused: list[Bad] = []
     for name, found in rows:
-        if isinstance(found, Refused):
+        if isinstance(found, Bad):
             refused.append(found)
             continue
         source, target, *document = found
         source, target = " ".join(source.split()), " ".join(target.split())
         if not source or not target:
             side = "target" if source else "source"
-            refused.append(Refused(name=name, reason=f"empty {side}", raw=source or target))
+            refused.append(Bad(name, f"empty {side}", beginning(source or target)))
             continue
         document_name = document[0] if document else source
         pairs.append(Pair(source=source, target=target, document=document_name, name=name))
     return pairs, refused
 
 
-def split_pairs(pairs: Sequence[Pair], refused: Sequence[Refused], *, fraction: float) -> Pairs:
+def split_pairs(pairs: Sequence[Pair], refused: Sequence[Bad], *, fraction: float) -> Pairs:
     """Parts pairs by the hash of their document, the same way for every seed.
 
     A document is held out where its hash, as a number from 0 to 1, is below `fraction`. A pair that
@@ -172,7 +165,7 @@ def _lines(file: Path) -> list[tuple[str, str]]:
     return [(f"{file}:{number}", line) for number, line in enumerate(lines, start=1)]
 
 
-def _rows(file: Path, names: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...] | Refused]]:
+def _rows(file: Path, names: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...] | Bad]]:
     """The fields of these names of every row, or why it has none."""
     kind = next((s for s in map(str.lower, reversed(file.suffixes)) if s != ".gz"), "")
     if kind == ".jsonl":
@@ -186,9 +179,7 @@ def _rows(file: Path, names: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, 
         )
 
 
-def _json_rows(
-    file: Path, names: tuple[str, ...]
-) -> Iterator[tuple[str, tuple[str, ...] | Refused]]:
+def _json_rows(file: Path, names: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...] | Bad]]:
     for name, line in _lines(file):
         if not line.strip():
             continue
@@ -205,7 +196,7 @@ def _json_rows(
                 )
             reason = f"no text in {missing[0]!r}"
         if reason:
-            yield name, Refused(name=name, reason=reason, raw=line[:200])
+            yield name, Bad(name, reason, beginning(line))
         else:
             yield name, tuple(record[x] for x in names)
 
@@ -217,26 +208,25 @@ def _known(file: Path, name: str) -> bool:
 
 def _table_rows(
     file: Path, names: tuple[str, ...], delimiter: str
-) -> Iterator[tuple[str, tuple[str, ...] | Refused]]:
-    rows = csv.reader(
-        text_of_file(file).splitlines(keepends=True),
-        delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE,
-    )
-    header = next(rows, [])
+) -> Iterator[tuple[str, tuple[str, ...] | Bad]]:
+    text = io.StringIO(text_of_file(file).removeprefix("\ufeff"), newline="")
+    rows = csv_records(text, delimiter=delimiter, quoted=delimiter == ",")
+    _, header = next(rows, (1, []))
+    if isinstance(header, str):
+        raise UserError(f"{file}: its first row, which must name the columns: {header}.")
     if missing := [x for x in names if x not in header]:
         raise UserError(
             f"{file} has no column {missing[0]!r} in its first row, which names them."
             + did_you_mean(missing[0], header)
         )
     columns = [header.index(x) for x in names]
-    for row in rows:
-        name = f"{file}:{rows.line_num}"
-        if not row:
-            continue
-        if len(row) != len(header):
+    for line, row in rows:
+        name = f"{file}:{line}"
+        if isinstance(row, str):
+            yield name, Bad(name, row, "")
+        elif len(row) != len(header):
             reason = f"{len(row)} cells under {len(header)} names"
-            yield name, Refused(name=name, reason=reason, raw=delimiter.join(row)[:200])
+            yield name, Bad(name, reason, beginning(delimiter.join(row)))
         else:
             yield name, tuple(row[column] for column in columns)
 

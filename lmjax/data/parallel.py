@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 
-from lmjax.core import Batch, Spec
-from lmjax.data.batches import check_workers, read_batches
+from lmjax.core import Spec
+from lmjax.data.batches import check_workers
 from lmjax.data.cache import cache_folder, is_sealed, write_atomically
 from lmjax.data.corpus import Split
 from lmjax.data.pair_rows import Rows, write_rows
 from lmjax.data.pairs import NUMBERS, Pair, Pairs, read_pairs, reversed_pair, split_pairs
-from lmjax.data.shuffled import Shuffled
+from lmjax.data.quarantine import Bad, set_aside
+from lmjax.data.shuffled import InRows
 from lmjax.data.source import find_files
 from lmjax.data.tokenizer import TextTokenizer
 from lmjax.data.vocabulary import BPE, Vocabulary
@@ -29,7 +30,7 @@ _VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel:
+class Parallel(InRows):
     """Translation pairs of one shared vocabulary; honours `core.TextDataset`.
 
     An example is a row of one or more pairs: `source`, `source_segments` and `source_positions`
@@ -143,47 +144,9 @@ class Parallel:
         return {**_pairs(self._corpus).counts, **self._rows.counts}
 
     @property
-    def refused(self) -> Sequence[Any]:
-        """The rows of the corpus that are no pair, `pairs.Refused`."""
+    def refused(self) -> Sequence[Bad]:
+        """The rows of the corpus that are no pair."""
         return _pairs(self._corpus).refused
-
-    @property
-    def num_examples(self) -> int:
-        """Rows of this split."""
-        return self._rows.num_rows
-
-    def epochs(self, num_examples: int) -> Mapping[str, float]:
-        """How often `num_examples` drawn rows have gone through the corpus."""
-        return {self.path: num_examples / self.num_examples}
-
-    def stacked(self, *, seed: int) -> Shuffled:
-        """The endless sequence of rows, many at a time; `seed` orders the training split."""
-        return Shuffled(self._rows, self.num_examples, seed if self.split == "train" else None)
-
-    def batches(
-        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
-    ) -> Generator[Batch, None, None]:
-        """Endless batches, from (seed, step) alone; the validation split ignores the seed."""
-        return read_batches(
-            self.stacked(seed=seed),
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            start=start,
-            workers=self.workers,
-        )
-
-    def epoch_batches(
-        self, *, batch_size: int, shard: int = 0, num_shards: int = 1
-    ) -> Generator[Batch, None, None]:
-        """The split once, in order, every pair once; rows of zeros complete the last batch."""
-        return read_batches(
-            self._rows,
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            num_examples=self.num_examples,
-        )
 
     @property
     def _source_length(self) -> int:
@@ -263,8 +226,7 @@ def _pairs(corpus: Corpus) -> Pairs:
             f"{corpus.path} holds no pair to train on: {len(pairs)} pairs were read, "
             f"{len(refused)} rows refused, and valid_fraction is {corpus.valid_fraction}."
         )
-    for one in refused[:3]:
-        log.warning("%s is refused: %s", one.name, one.reason)
+    set_aside(corpus.path, len(pairs), refused)
     return found
 
 

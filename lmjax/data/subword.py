@@ -201,7 +201,11 @@ class SubwordTokenizer:
     def special_id(self, role: str) -> int | None:
         """The id of "bos_token", "pad_token", ...; None where there is no such token."""
         token = dict(self.special_tokens).get(role)
-        found = None if token is None else self._tokenizer.token_to_id(token)
+        return None if token is None else self.token_id(token)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as its file spells it; None where there is no such token."""
+        found = self._tokenizer.token_to_id(token)
         return None if found is None else int(found)
 
     def decode(self, ids: Any) -> str:

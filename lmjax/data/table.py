@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -12,12 +12,11 @@ import jax
 import numpy as np
 
 from lmjax.core import Batch, Spec
-from lmjax.data.batches import read_batches
 from lmjax.data.cells import Policy, Read, read_cells
 from lmjax.data.columns import Columns, Scaling, fit_categorical, fit_numeric
 from lmjax.data.known_tables import known_table, open_table, state_of
 from lmjax.data.rows import Bad
-from lmjax.data.shuffled import Shuffled
+from lmjax.data.shuffled import InRows
 from lmjax.data.tokenizer import TextTokenizer
 from lmjax.data.vocabulary import BPE, Vocabulary
 from lmjax.errors import UserError, did_you_mean
@@ -26,7 +25,7 @@ Kind = Literal["classes", "values"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(InRows):
     """Rows of CSV or Parquet for classification or regression; honours `core.LabelledDataset`.
 
     An example has what the table has columns for: features (float32 [F]: scaled numbers, and for
@@ -194,51 +193,17 @@ class Table:
         return digest.hexdigest()
 
     @property
-    def num_examples(self) -> int:
-        """Rows of this split."""
-        return len(self._arrays["weights"])
-
-    @property
     def quarantined(self) -> Sequence[Bad]:
         """The rows of all splits that were left out."""
         return self._read.bad
-
-    def epochs(self, num_examples: int) -> Mapping[str, float]:
-        """How often `num_examples` drawn examples have gone through the split."""
-        return {self.path: num_examples / self.num_examples}
 
     def unscaled(self, values_NC: np.ndarray) -> np.ndarray:
         """Regressed values in the units of the table, float64."""
         return self.columns.unscaled(values_NC)
 
-    def stacked(self, *, seed: int) -> Shuffled:
-        """The endless sequence of examples, many at a time; `seed` orders the training split."""
-        train = self.split == "train"
-        return Shuffled(_Rows(self._arrays), self.num_examples, seed if train else None)
-
-    def batches(
-        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
-    ) -> Generator[Batch, None, None]:
-        """Endless batches, from (seed, step) alone; only the training split is shuffled."""
-        return read_batches(
-            self.stacked(seed=seed),
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            start=start,
-        )
-
-    def epoch_batches(
-        self, *, batch_size: int, shard: int = 0, num_shards: int = 1
-    ) -> Generator[Batch, None, None]:
-        """The split once, in the order of the files; rows of zeros complete the last batch."""
-        return read_batches(
-            _Rows(self._arrays),
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            num_examples=self.num_examples,
-        )
+    @property
+    def _rows(self) -> _Rows:
+        return _Rows(self._arrays)
 
     @functools.cached_property
     def _read(self) -> Read:
@@ -309,6 +274,11 @@ class _Rows:
     """The rows of a split, by number."""
 
     arrays: Mapping[str, np.ndarray]
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+        return len(self.arrays["weights"])
 
     def rows(self, examples: Sequence[int]) -> Batch:
         """These rows, stacked."""

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from lmjax.core import Batch, Spec
-from lmjax.data.batches import check_workers, read_batches
+from lmjax.data.batches import Indexed, OneByOne, check_workers, read_batches
 from lmjax.data.continued import Continued, beginning
 from lmjax.data.corpus import Corpus, Split, SplitBy
 from lmjax.data.origins import Origins
@@ -28,7 +28,7 @@ Order = Literal["shuffled", "continued"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
+class Text(Indexed):
     """Next-token prediction over a corpus of text; honours `core.Dataset`.
 
     An example has tokens and targets (int32 [length], targets one token ahead), weights (float32:
@@ -151,15 +151,14 @@ class Text:
         """How often `num_examples` drawn examples have gone through the corpus."""
         return {self.path: num_examples / self.num_examples}
 
-    def examples(self, *, seed: int, batch_size: int | None = None) -> grain.MapDataset[Any]:
+    def stacked(self, *, seed: int, batch_size: int | None = None) -> OneByOne:
         """The endless sequence of examples: number i belongs to epoch `i // num_examples`.
 
         In the order "continued" it is another one for each `batch_size`, which has to be given.
         """
         if self.order == "continued" and self.split == "train":
-            continued = self._continued(seed, batch_size)
-            return grain.MapDataset.range(sys.maxsize).map(continued.at)
-        return self._sequence(self._read, seed=seed)
+            return OneByOne(self._continued(seed, batch_size).at)
+        return OneByOne(_Then(self._start(seed), self._read))
 
     def origins(self, *, seed: int, batch_size: int | None = None) -> grain.MapDataset[Any]:
         """The `Origin` of every element of `examples`."""
@@ -169,16 +168,17 @@ class Text:
             tokenizer=self.tokenizer,
         )
         if self.order == "continued" and self.split == "train":
-            start = self._continued(seed, batch_size).start
-            return grain.MapDataset.range(sys.maxsize).map(start).map(origins.at)
-        return self._sequence(origins.at, seed=seed)
+            start: Callable[[int], int] = self._continued(seed, batch_size).start
+        else:
+            start = self._start(seed)
+        return grain.MapDataset.range(sys.maxsize).map(_Then(start, origins.at))
 
     def batches(
         self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
     ) -> Generator[Batch, None, None]:
         """Endless batches, from (seed, step) alone; the validation split ignores the seed."""
         return read_batches(
-            self.examples(seed=seed, batch_size=batch_size),
+            self.stacked(seed=seed, batch_size=batch_size),
             batch_size=batch_size,
             shard=shard,
             num_shards=num_shards,
@@ -191,7 +191,7 @@ class Text:
     ) -> Generator[Batch, None, None]:
         """The split once, in order, every target once; rows of zeros complete the last batch."""
         return read_batches(
-            self._covering(self._read),
+            OneByOne(_Then(self._covering, self._read)),
             batch_size=batch_size,
             shard=shard,
             num_shards=num_shards,
@@ -249,17 +249,16 @@ class Text:
         continued.check()
         return continued
 
-    def _sequence(self, read: Callable[[int], Any], *, seed: int) -> grain.MapDataset[Any]:
-        """What `read` makes of the first token's number of every example, endlessly."""
+    def _start(self, seed: int) -> Callable[[int], int]:
+        """From the number of an example to its first token."""
         if self.split == "valid":
-            return self._covering(read)
-        start = functools.partial(_start, self._windows, self.num_examples, seed)
-        return grain.MapDataset.range(sys.maxsize).map(start).map(read)
+            return self._covering
+        return functools.partial(_start, self._windows, self.num_examples, seed)
 
-    def _covering(self, read: Callable[[int], Any]) -> grain.MapDataset[Any]:
+    @property
+    def _covering(self) -> Callable[[int], int]:
         """Likewise, of the windows that hold every target of the split once, over and over."""
-        start = functools.partial(_covering_start, self.length, self._num_covering)
-        return grain.MapDataset.range(sys.maxsize).map(start).map(read)
+        return functools.partial(_covering_start, self.length, self._num_covering)
 
     @property
     def _num_covering(self) -> int:
@@ -278,6 +277,17 @@ def validation(of: Text, *, length: int | None = None) -> Text:
 def vocab_size(of: Text) -> int:
     """How many token ids the data uses, for a model's configuration."""
     return of.vocab_size
+
+
+@dataclass(frozen=True)
+class _Then:
+    """One function after another; a class, as workers pickle it."""
+
+    first: Callable[[int], int]
+    then: Callable[[int], Any]
+
+    def __call__(self, index: int) -> Any:
+        return self.then(self.first(index))
 
 
 def _covering_start(length: int, num_examples: int, index: int) -> int:

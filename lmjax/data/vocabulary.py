@@ -139,6 +139,48 @@ class Pretrained:
         return read_tokenizer(self.path, self.end)
 
 
+class _Tokenized(Protocol):
+    """A data set with a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def tokenizer(self) -> TextTokenizer: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """The tokenizer of another data set, whatever it was learned of, chat template included.
+
+    So plain text and conversations can be mixed, and texts of which one alone made the vocabulary.
+
+    Args:
+      of: the data set; a frozen dataclass of hashable fields, as all are but mixtures.
+    """
+
+    of: _Tokenized
+
+    def __post_init__(self) -> None:
+        """Refuses a data set that cannot be told from others by its hash."""
+        try:
+            hash(self.of)
+        except TypeError as error:
+            raise UserError(
+                f"Shared takes the tokenizer of a data set of its own, and {type(self.of).__name__}"
+                " holds several: name one of them."
+            ) from error
+
+    @property
+    def vocab_size(self) -> int:
+        """The other data set's."""
+        return self.of.vocab_size
+
+    def learn(self, train: Sequence[str], valid: Sequence[str]) -> TextTokenizer:
+        """Takes the other data set's."""
+        return self.of.tokenizer
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tiktoken:
     """A rank file of tiktoken, which holds neither the cutting of words nor special tokens.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from lmjax.core import Batch
 from lmjax.data.store import seal_store, write_shard
 from lmjax.data.tokenizer import ByteTokenizer
 
 END = ByteTokenizer().end_id
+SIZES = [*np.random.default_rng(1).integers(1, 70, 90).tolist(), 64, 32, 33, 1, 200]
+VALID_SIZES = [5, 40, 7, 90]
 
 
 def random_documents(sizes: Sequence[int], *, seed: int = 0) -> list[np.ndarray]:
@@ -47,3 +51,26 @@ def write_store(
         )
     seal_store(folder, tokenizer=ByteTokenizer(), more=more)
     return folder
+
+
+def write_corpus(folder: Path) -> Path:
+    """Two splits: documents of `SIZES` of two sources in three shards, and of `VALID_SIZES`."""
+    write_store(folder / "train", random_documents(SIZES), sources=("a", "b", "a"), num_shards=3)
+    write_store(folder / "valid", random_documents(VALID_SIZES, seed=1))
+    return folder
+
+
+def take(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """So many batches; the reader is closed."""
+    taken = list(itertools.islice(batches, count))
+    getattr(batches, "close", lambda: None)()
+    return taken
+
+
+def assert_same(left: list[Batch], right: list[Batch]) -> None:
+    """Array for array."""
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)

@@ -77,11 +77,15 @@ def test_refusals(mixture: Mixture) -> None:
         mix(weights={"a": 1})
     with pytest.raises(UserError, match=r"no source 'c'.*Allowed: a, b"):
         mix(weights={"a": 1, "b": 1, "c": 1})
-    for weight in (0, float("nan"), float("inf"), 1e-300):
+    with pytest.raises(UserError, match=r"every weight is 0 \(a, b\)"):
+        mix(weights={"a": 0, "b": 0.0})
+    for weight in (-1, float("nan"), float("inf"), 1e-300):
         with pytest.raises(UserError, match=f"weight of 'b' is {weight}"):
             mix(weights={"a": 1, "b": weight})
     with pytest.raises(UserError, match="workers is 100000"):
         mix(workers=100_000)
+    with pytest.raises(UserError, match="leave_out names 'segment'"):
+        mix(leave_out=("segment",))
     with pytest.raises(UserError, match=r"'b' and 'a' differ: .*\(9,\).* same length and packing"):
         mix(sources={"a": first, "b": replace(second, length=9)})
     mixed = mix(sources={"a": first, "b": replace(second, vocabulary=Characters())})

@@ -77,6 +77,22 @@ def test_rows_that_are_no_pairs_are_refused_with_line_and_reason(tmp_path):
     assert (len(pairs), refused[0].reason) == (1, "1 cells under 2 names")
 
 
+def test_cells_hold_what_they_hold(tmp_path):
+    """A mark at the beginning, separators of lines that are none, quotes, long letters."""
+    long, limit = "x" * 200_000, csv.field_size_limit()
+    text = f'\ufeffsource,target\r\n"a\n""b""",A\u2028B\n{long},C\nd\n'
+    (tmp_path / "a.csv").write_text(text, "utf-8", newline="")
+    pairs, refused = read_pairs(str(tmp_path / "a.csv"))
+    assert [(p.source, p.target) for p in pairs] == [('a "b"', "A B"), (long, "C")]
+    assert [p.name.rpartition(":")[2] for p in pairs] == ["2", "4"]
+    assert [(one.name.rpartition(":")[2], one.reason) for one in refused] == [
+        ("5", "1 cells under 2 names")
+    ]
+    assert csv.field_size_limit() == limit
+    (tmp_path / "a.tsv").write_text('source\ttarget\n"a\tA"\n')
+    assert [(p.source, p.target) for p in read_pairs(str(tmp_path / "a.tsv"))[0]] == [('"a', 'A"')]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,8 +12,8 @@ import grain
 import jax
 import numpy as np
 
-from lmjax.core import Batch, Dataset, Spec
-from lmjax.data.batches import Examples, read_batches
+from lmjax.core import Batch, Spec
+from lmjax.data.batches import Examples, Indexed, Source
 from lmjax.errors import UserError, did_you_mean
 
 
@@ -27,7 +26,7 @@ class Augmentation(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augmented:
+class Augmented(Indexed):
     """Another data set with arrays of its examples augmented; honours `core.Dataset`.
 
     Example i of a run is augmented by (seed, i): batches stay a function of (seed, step), and as
@@ -35,14 +34,13 @@ class Augmented:
     leaves all as it is; so do evaluations, which are given the data set within.
 
     Args:
-      data: the data set: `Tokens`, `Text`, a `Mixture`, `Images`, or any with `examples(seed=...)`
-        or `stacked(seed=...)`.
+      data: the data set: any with `stacked(seed=...)`.
       arrays: name of an array of an example, to what is done to it, in this order:
         {"tokens": (TokenDropout(...),)} or {"images": (RandomCrop(...), Flip())}.
       seed: added to the run's: another one draws other augmentations of the same examples.
     """
 
-    data: Dataset
+    data: Source
     arrays: Mapping[str, Sequence[Augmentation]] = field(default_factory=dict)
     seed: int = 0
 
@@ -109,35 +107,19 @@ class Augmented:
 
     def stacked(self, *, seed: int) -> AugmentedExamples:
         """The endless sequence of examples, read many at a time."""
-        read = getattr(self.data, "stacked", None)
-        many: Examples | None = read(seed=seed) if read else None
-        return AugmentedExamples(
-            examples=many or self._within("examples")(seed=seed),
-            arrays=self.arrays,
-            seed=int(seed) + self.seed,
-        )
+        examples = self.data.stacked(seed=seed)
+        return AugmentedExamples(examples=examples, arrays=self.arrays, seed=int(seed) + self.seed)
 
-    def examples(self, *, seed: int) -> grain.MapDataset[Any]:
-        """The same, one by one."""
-        return grain.MapDataset.range(sys.maxsize).map(self.stacked(seed=seed).at)
-
-    def origins(self, *, seed: int) -> grain.MapDataset[Any]:
-        """Where each of those examples comes from."""
-        found: grain.MapDataset[Any] = self._within("origins")(seed=seed)
+    @property
+    def origins(self) -> Callable[..., grain.MapDataset[Any]]:
+        """`origins(seed=...)` of the data set within, where it has it."""
+        found: Callable[..., grain.MapDataset[Any]] = self._within("origins")
         return found
 
-    def batches(
-        self, *, batch_size: int, seed: int, shard: int = 0, num_shards: int = 1, start: int = 0
-    ) -> Generator[Batch, None, None]:
-        """Endless batches, a function of (seed, step) alone."""
-        return read_batches(
-            self.stacked(seed=seed),
-            batch_size=batch_size,
-            shard=shard,
-            num_shards=num_shards,
-            start=start,
-            workers=getattr(self.data, "workers", 0),
-        )
+    @property
+    def workers(self) -> int:
+        """Those of the data set within."""
+        return getattr(self.data, "workers", 0)
 
     def epoch_batches(
         self, *, batch_size: int, shard: int = 0, num_shards: int = 1
@@ -150,21 +132,13 @@ class Augmented:
 class AugmentedExamples:
     """Augmented examples by number: a pure function, and all that a worker process needs."""
 
-    examples: grain.MapDataset[Any] | Examples
+    examples: Examples
     arrays: Mapping[str, Sequence[Augmentation]]
     seed: int
 
-    def at(self, example: int) -> Mapping[str, np.ndarray]:
-        """One example."""
-        return {name: value[0] for name, value in self.rows([example]).items()}
-
     def rows(self, examples: Sequence[int]) -> Batch:
         """These examples, stacked."""
-        if isinstance(self.examples, grain.MapDataset):
-            read = [self.examples[index] for index in examples]
-            batch = {name: np.stack([example[name] for example in read]) for name in read[0]}
-        else:
-            batch = dict(self.examples.rows(examples))
+        batch = dict(self.examples.rows(examples))
         for name, made in self.arrays.items():
             rows = zip(batch[name], examples, strict=True)
             batch[name] = np.stack([_apply(row, made, self.seed, index) for row, index in rows])

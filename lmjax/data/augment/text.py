@@ -77,11 +77,15 @@ class SpanCorruption:
         if length < 2:
             raise UserError(f"{length} tokens cannot be corrupted: give at least 2.")
         random = generator(seed, index, name="span corruption")
-        noise = min(max(round(length * self.rate), 1), length - 1)
-        count = min(max(round(noise / self.mean_span), 1), noise, length - noise)
+        noise, count = self.sizes(length)
         sizes = _segments(noise, count, random)
         ends = np.cumsum(_segments(length - noise, count, random) + sizes)
         return np.stack([ends - sizes, ends], axis=1)
+
+    def sizes(self, length: int) -> tuple[int, int]:
+        """(tokens that are noise, spans) of so many tokens."""
+        noise = min(max(round(length * self.rate), 1), length - 1)
+        return noise, min(max(round(noise / self.mean_span), 1), noise, length - noise)
 
 
 @dataclass(frozen=True, kw_only=True)

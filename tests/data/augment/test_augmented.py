@@ -7,7 +7,6 @@ import pickle
 from dataclasses import dataclass, replace
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from lmjax.core import Dataset, Spec
 from lmjax.data.augment.augmented import Augmented
 from lmjax.data.augment.image import Flip, RandomCrop
 from lmjax.data.augment.text import TokenDropout
+from lmjax.data.batches import Examples, OneByOne
 from lmjax.data.packed import Tokens
 from lmjax.data.text import Text
 from lmjax.errors import UserError
@@ -41,8 +41,8 @@ class Pictures:
 
     def check(self) -> None: ...
 
-    def examples(self, *, seed: int) -> grain.MapDataset[Any]:
-        return grain.MapDataset.range(10**6).map(_picture)
+    def stacked(self, *, seed: int) -> Examples:
+        return OneByOne(_picture)
 
 
 def _picture(index: int) -> dict[str, np.ndarray]:
