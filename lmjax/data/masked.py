@@ -6,13 +6,12 @@ import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from lmjax.core import Batch, Spec
-from lmjax.data import text
 from lmjax.data.batches import Changed, Indexed, TextSource, check_workers
 from lmjax.data.subword import SubwordTokenizer
 from lmjax.data.tokenizer import TextTokenizer
@@ -41,7 +40,8 @@ class Masked(Indexed):
     is a function of (seed, number of the example); in `epoch_batches` of the number alone.
 
     Args:
-      of: text in rows of segments: `Text` with packing by documents, `Tokens`, a `Mixture`.
+      of: text in rows of segments: `Text` with packing by documents, `Tokens`, a `Mixture`; or
+        `LabelledText`, whose labels nobody reads then.
       masked_fraction: of the tokens, how many are predicted.
       max_predictions: at most so many in a row; 0 for no limit.
       unit: "word" masks all tokens of a word or none; "token" each by itself.
@@ -143,9 +143,16 @@ class Masked(Indexed):
 
 
 def validation(of: Masked) -> Masked:
-    """The validation split of the same text, if it is a `Text`, with masks that stay."""
-    assert isinstance(of.of, text.Text)
-    return replace(of, of=text.validation(of.of))
+    """The validation split of the same text, with masks that stay.
+
+    Raises UserError where the text has no splits, as a mixture.
+    """
+    source: Any = of.of
+    if not hasattr(source, "split"):
+        raise UserError(
+            f"{type(source).__name__} holds nothing out: name the evaluation's text itself."
+        )
+    return replace(of, of=replace(source, split="valid"))
 
 
 def vocab_size(of: Masked) -> int:
@@ -189,7 +196,7 @@ class Masker:
             "targets": tokens_T,
             "weights": chosen_T.astype(np.float32),
             "segments": segments_T,
-            "positions": example["positions"],
+            "positions": example.get("positions", np.arange(len(tokens_T), dtype=np.int32)),
         }
 
     def choose(

@@ -3,11 +3,14 @@
 import itertools
 import json
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from lmjax.data.labelled_text import LabelledText
 from lmjax.data.masked import Masked, validation, vocab_size
+from lmjax.data.mixture import Mixture
 from lmjax.data.pretrained import read_tokenizer
 from lmjax.data.text import Text
 from lmjax.data.tokenizer import ByteTokenizer, CharacterTokenizer
@@ -159,6 +162,21 @@ def test_masks_of_validation_stay(data):
     assert sum(batch["weights"].sum() for batch in runs[0]) > 0
 
 
+def test_labelled_texts_are_masked_one_a_row():
+    rows = LabelledText(path="made", length=48)
+    data = Masked(of=rows, unit="token")
+    plain, masked = (next(iter(d.batches(batch_size=4, seed=0))) for d in (rows, data))
+    np.testing.assert_array_equal(masked["targets"], plain["tokens"])
+    np.testing.assert_array_equal(masked["positions"][0], np.arange(48))
+    assert not masked["weights"][plain["segments"] == 0].any() and masked["weights"].any()
+    assert set(masked) == set(data.example)
+    held = [
+        d.epoch_batches(batch_size=64) for d in (validation(data), replace(rows, split="valid"))
+    ]
+    for masked, plain in zip(*held, strict=True):
+        np.testing.assert_array_equal(masked["targets"], plain["tokens"])
+
+
 def test_the_mask_is_one_more_id_unless_there_is_one(data, wordpiece):
     assert (data.mask_id, vocab_size(data)) == (300, 301)
     size = wordpiece.vocab_size
@@ -176,4 +194,7 @@ def test_bad_settings_are_refused(folder, data):
         Masked(of=data.of, unit="words")
     with pytest.raises(UserError, match="give 0 or more"):
         Masked(of=data.of, max_predictions=-1)
+    mixture = Mixture(sources={"a": data.of}, weights={"a": 1.0})
+    with pytest.raises(UserError, match="Mixture holds nothing out: name the evaluation's text"):
+        validation(Masked(of=mixture))
     assert Masked(of=data.of, unit="token").fingerprint != data.fingerprint
