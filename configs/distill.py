@@ -1,8 +1,12 @@
 """A small Llama learns from a run, or from imported weights, on any text: half of each loss.
 
+It learns the last hidden states too; `hidden_layers` has it learn what comes out of inner layers,
+in pairs (of the student, of the teacher). `continued` has the student start from a run of its own.
+
 Command:  python -m lmjax.convert import --from=DIR --workdir=runs/imported
           python -m lmjax.train --config=configs/distill.py --workdir=runs/distilled
           (another teacher: --config.init_from.path=WORKDIR; other text: --config.data.path=PATH;
+          of a teacher of 30 layers: --config.task.hidden_layers="((0, 7), (1, 14), (2, 22))";
           the student speaks: python -m lmjax.generate --workdir=runs/distilled)
 Hardware: 2 CPU cores for teachers of up to a few hundred million parameters
 Result:   none: it is as good as the teacher and the text.
@@ -40,6 +44,12 @@ VARIANTS = {
         "evals.valid.max_batches": 2,
         "evals.sample.max_tokens": 8,
     },
+    "continued": {
+        "init_from": (
+            call(WarmStart, path="runs/student", load="^(?!aside/)"),
+            call(WarmStart, path="runs/imported", load=TEACHER, rename=((TEACHER, ""),)),
+        ),
+    },
 }
 
 
@@ -70,6 +80,7 @@ def get_config():
             alpha=0.5,
             temperature=2.0,
             hidden=0.1,
+            hidden_layers=(),
             vocab_chunk=8192,
         ),
         optimizer=call(adamw, learning_rate=schedule, b2=0.99),

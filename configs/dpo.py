@@ -1,14 +1,17 @@
 """Tunes the weights of a run, or imported ones, on preferences: DPO with LoRA on every product.
 
-The reference is the model with its adapters off, so there is no second copy of it. `orpo` needs no
-reference; `kto` reads texts that are judged one by one, and of a pair both. The default pairs are
-made up: questions with a friendly answer and a rude one.
+The reference is the model with its adapters off, so there is no second copy of it. `frozen` has
+one and trains all of the policy, which may start from another run than the reference. `orpo` needs
+no reference; `kto` reads texts that are judged one by one, and of a pair both. The default pairs
+are made up: questions with a friendly answer and a rude one.
 
 Command:  python -m lmjax.convert import --from=DIR --workdir=runs/imported
           python -m lmjax.train --config=configs/dpo.py --workdir=runs/dpo
           (or configs/dpo.py:orpo, :kto; another start: --config.init_from.path=WORKDIR; other
           preferences: --config.data.path=FILE.jsonl; the result without adapters:
           python -m lmjax.convert merge --workdir=runs/dpo --to=DIR)
+          python -m lmjax.train --config=configs/dpo.py:frozen --workdir=runs/dpo
+          (the policy from another run: --config.init_from.0.path=WORKDIR, as one of configs/sft.py)
 Hardware: 2 CPU cores for models of up to a few hundred million parameters
 Result:   none yet: SmolLM2-135M went in 5 steps of 8 made pairs from a loss of 0.6931 to 0.6379
           (measured), and none was tuned to the end.
@@ -29,6 +32,7 @@ from lmjax.optim.presets import adamw
 from lmjax.optim.schedules import cosine
 from lmjax.tasks.preference import Dpo, Kto, Orpo, Preference
 
+REFERENCE = "^aside/reference/"
 PRODUCTS = ("query", "key", "value", "attention/out", "gate", "up", "down")
 
 VARIANTS = {
@@ -40,6 +44,16 @@ VARIANTS = {
         "task.model.adapters.0.dropout": 0.0,
         "data.length": 64,
         "evals.valid.max_batches": 2,
+    },
+    "frozen": {
+        "task.model": call(saved, workdir="runs/imported", dtype="bfloat16", vocab_multiple=128),
+        "task.reference": "frozen",
+        "trainable": "^(?!aside/)",
+        "optimizer.learning_rate.peak": 5e-6,
+        "init_from": (
+            call(WarmStart, path="runs/imported", load="^(?!aside/)"),
+            call(WarmStart, path="runs/imported", load=REFERENCE, rename=((REFERENCE, ""),)),
+        ),
     },
     "orpo": {
         "task.objective": call(Orpo),

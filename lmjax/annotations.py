@@ -52,7 +52,8 @@ def parse(text: str, annotation: Any, path: str) -> Any:
     Raises UserError where none does.
     """
     none = (None, type(None))
-    for option in sorted(_options(annotation), key=lambda o: (o is str) - (o in none)):
+    options = sorted(_options(annotation), key=lambda o: (o is str) - (o in none))
+    for option in options:
         if option in none and text.lower() == "none":
             return None
         if option is bool and text.lower() in ("true", "false", "1", "0", "yes", "no"):
@@ -75,7 +76,11 @@ def parse(text: str, annotation: Any, path: str) -> Any:
             if isinstance(value, tuple | list) and _accepts(option, value):
                 return tuple(value)
             member = inner[0] if inner else Any
-            return tuple(parse(part.strip(), member, path) for part in text.split(","))
+            try:
+                return tuple(parse(part.strip(), member, path) for part in text.split(","))
+            except UserError:
+                if option is options[-1]:
+                    raise
     raise UserError(f"{path}: expected {_spell(annotation)}, got {shown(text)}.")
 
 

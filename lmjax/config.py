@@ -149,7 +149,7 @@ def override(config: ConfigDict, name: str, value: Any) -> None:
         node, path = _child(node, key, path), f"{path}.{key}"
     current = _child(node, last, path)
     path = f"{path}.{last}"
-    if isinstance(current, ConfigDict) and not isinstance(value, ConfigDict):
+    if isinstance(current, ConfigDict) and not isinstance(value, ConfigDict | tuple | list):
         raise UserError(
             f"{path} is not a single value; set one of its fields: {', '.join(_fields(current))}."
         )

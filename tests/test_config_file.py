@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def write(path: Path, body: str) -> str:
     path.write_text(
         "from lmjax.config import call\nfrom ml_collections import FieldReference\n"
-        "from tests.test_config import Part, Whole\n" + body
+        "from tests.config_targets import Part, Whole\n" + body
     )
     return str(path)
 
@@ -87,12 +87,12 @@ def test_explain_says_default_file_or_flag(tmp_path):
     rows = explain(load_config(f"{path}:tiny", flags))
     found = {field: (value, source) for field, value, source in rows}
     assert found == {
-        "config": ("tests.test_config:Whole", "file"),
-        "part": ("tests.test_config:Part", "file"),
+        "config": ("tests.config_targets:Whole", "file"),
+        "part": ("tests.config_targets:Part", "file"),
         "part.width": (1, "file"),
         "part.rate": (0.5, "file"),
         "part.name": ("p", "flag"),
-        "other": ("tests.test_config:Part", "file"),
+        "other": ("tests.config_targets:Part", "file"),
         "other.width": (1, "file"),
         "other.rate": (0.5, "file"),
         "other.name": ("p", "flag"),

@@ -14,7 +14,10 @@ from lmjax.core.values import Batch, Mean, Output, Spec, Variables, Work
 
 @runtime_checkable
 class Task(Protocol):
-    """An objective over one or more networks: pure, ignorant of meshes, optimizers and files."""
+    """An objective over one or more networks: pure, ignorant of meshes, optimizers and files.
+
+    One whose reported loss has a unit names it in the attribute `loss_unit` ("nats").
+    """
 
     def init(self, rng: jax.Array, batch: Batch) -> Variables:
         """Makes the variables, each parameter boxed with its axes' names (`sharding.param`)."""

@@ -19,17 +19,23 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(
-    rows: Iterable[Mapping[str, Any]], path: str | Path, *, title: str, unit: str
+    rows: Iterable[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    title: str,
+    unit: str,
+    loss_unit: str = "",
 ) -> None:
     """Writes a PNG of 2 x 2 panels from metric rows, each a mapping with `step` and numbers.
 
-    `unit` is what throughput is counted in.
+    `unit` is what throughput is counted in, `loss_unit` what the loss is in, if it has a unit.
     """
     import vl_convert
 
     rows = list(rows)
+    loss = f"loss ({loss_unit})" if loss_unit else "loss"
     panels = [
-        ("loss (nats)", {"loss": "training"} | {k: k.removesuffix("/loss") for k in _evals(rows)}),
+        (loss, {"loss": "training"} | {k: k.removesuffix("/loss") for k in _evals(rows)}),
         ("learning rate", {"learning_rate": ""}),
         ("gradient norm", {"grad_norm": ""}),
         (f"{unit} per second", {f"{unit}_per_s": ""}),

@@ -58,6 +58,15 @@ class Program:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What reads variables and changes none: `eval_step`, `predict` and `put` of a `Program`."""
+
+    eval_step: Callable[[Variables, Batch], dict[str, Mean]]
+    predict: Callable[[Variables, Batch], dict[str, jax.Array]]
+    put: Callable[[Batch], Batch]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Draft:
     """A program that is traced for its mesh and not yet compiled, which takes a second or two.
 
@@ -149,18 +158,7 @@ def draft_program(
         abstract_state, abstract_batch
     )
 
-    def evaluate(variables: Variables, batch: Batch) -> dict[str, Mean]:
-        with sharding.use(mesh, layout), products():
-            output = task.loss(variables, batch, jax.random.key(0), train=False)
-            return {"loss": output.loss, **output.metrics}
-
-    def predict(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-        if not isinstance(task, Predicts):
-            raise UserError(f"{type(task).__name__} says nothing of single rows (no `predict`).")
-        with sharding.use(mesh, layout), products():
-            return task.predict(variables, batch)
-
-    whole = functools.partial(jax.jit, out_shardings=replicated, compiler_options=options)
+    reading = reading_of(task, mesh, layout, precision)
 
     def compile_step() -> Program:
         compiled = traced.lower().compile(compiler_options=options)
@@ -188,9 +186,9 @@ def draft_program(
                 lambda: sharding.unbox(make()), out_shardings=shardings, compiler_options=options
             ),
             train_step=train_step,
-            eval_step=_by_shapes(whole(evaluate)),
-            predict=_by_shapes(whole(predict)),
-            put=functools.partial(_put, rows),
+            eval_step=reading.eval_step,
+            predict=reading.predict,
+            put=reading.put,
             memory=_memory(compiled),
             compiled=compiled,
         )
@@ -202,6 +200,31 @@ def draft_program(
         abstract_metrics=traced.out_info[1],
         jaxpr=traced.jaxpr,
         compile=compile_step,
+    )
+
+
+def reading_of(task: Task, mesh: Mesh, layout: Layout, precision: Precision) -> Reading:
+    """What reads the variables of a task on a mesh; compiled when it is called, per shape."""
+    options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
+    products = functools.partial(quantize.products, precision.products, where=precision.quantized)
+
+    def evaluate(variables: Variables, batch: Batch) -> dict[str, Mean]:
+        with sharding.use(mesh, layout), products():
+            output = task.loss(variables, batch, jax.random.key(0), train=False)
+            return {"loss": output.loss, **output.metrics}
+
+    def predict(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+        if not isinstance(task, Predicts):
+            raise UserError(f"{type(task).__name__} says nothing of single rows (no `predict`).")
+        with sharding.use(mesh, layout), products():
+            return task.predict(variables, batch)
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    whole = functools.partial(jax.jit, out_shardings=replicated, compiler_options=options)
+    return Reading(
+        eval_step=_by_shapes(whole(evaluate)),
+        predict=_by_shapes(whole(predict)),
+        put=functools.partial(_put, sharding.batch_sharding(mesh)),
     )
 
 

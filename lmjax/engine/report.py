@@ -183,12 +183,14 @@ class Report:
         """Draws the curves, and says what came out and where it lies."""
         rows, picture = read_metrics(self.metrics_path), self.workdir / "curves.png"
         title = f"{self.workdir.name}: {self.run.steps} steps"
-        draw_curves(rows, picture, title=title, unit=self.work.unit)
+        loss_unit = getattr(self.run.task, "loss_unit", "")
+        draw_curves(rows, picture, title=title, unit=self.work.unit, loss_unit=loss_unit)
         evaluated = [row for row in rows if any("/" in key for key in row)]
         table = _plain_table("done")
         for name, value in (evaluated[-1] if evaluated else {}).items():
             if name.endswith(("/loss", "/bits_per_byte")):
-                table.add_row(name, f"{value:.4f}" + (" nats" if name.endswith("/loss") else ""))
+                of_loss = f" {loss_unit}" if name.endswith("/loss") else ""
+                table.add_row(name, f"{value:.4f}{of_loss}".rstrip())
         table.add_row("goodput", self.clock.summary())
         table.add_row("curves", str(picture))
         table.add_row("TensorBoard", f"tensorboard --logdir={self.workdir}")

@@ -12,7 +12,7 @@ from lmjax.core import Dataset, Evaluator, Task
 from lmjax.engine.guard import Guard
 from lmjax.engine.precision import Precision
 from lmjax.engine.program import Draft, Program, draft_program
-from lmjax.engine.warm_start import WarmStart
+from lmjax.engine.warm_start import Starts
 from lmjax.engine.watchdog import Watch
 from lmjax.errors import UserError, check_regex
 from lmjax.sharding import Layout
@@ -46,7 +46,8 @@ class Run:
       log_every: steps between lines of metrics.
       wandb_project: where not "", metrics also go to this Weights & Biases project.
       init_from: where the parameters come from at step 0: a workdir or a checkpoint, 'hf:DIR' for a
-        folder of Hugging Face's, or a `WarmStart` that says which of them; "" initialises all.
+        folder of Hugging Face's, or a `WarmStart` that says which of them, or several of these,
+        each of which loads others; "" initialises all.
     """
 
     task: Task
@@ -68,7 +69,7 @@ class Run:
     keep_every: int = 0
     log_every: int = 10
     wandb_project: str = ""
-    init_from: str | WarmStart = ""
+    init_from: Starts = ""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "microbatches", "save_every", "keep_last", "log_every"):

@@ -145,11 +145,11 @@ class Stored:
         return found
 
 
-def variables(paths: Iterable[str]) -> dict[str, str]:
+def variables(paths: Iterable[str], *, aside: bool = False) -> dict[str, str]:
     """Which arrays of a state are the variables that inference needs: by the variable's path.
 
     Of parameters that were averaged in training, the average; what rows of training carry is none,
-    and neither is what a task has beside its model (`core.ASIDE`).
+    and neither is what a task has beside its model (`core.ASIDE`), unless with `aside`.
     """
     paths, found = list(paths), {}
     for path in paths:
@@ -163,7 +163,8 @@ def variables(paths: Iterable[str]) -> dict[str, str]:
         before, _, name = path.partition(f"/{AVERAGE}/")
         if before == averages[0].partition(f"/{AVERAGE}/")[0]:
             found[f"params/{name}"] = path
-    return {name: path for name, path in found.items() if not name.startswith(f"params/{ASIDE}/")}
+    left_out = "" if aside else f"params/{ASIDE}/"
+    return {k: path for k, path in found.items() if not (left_out and k.startswith(left_out))}
 
 
 def verify(stored: Stored) -> list[str]:

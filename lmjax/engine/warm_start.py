@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -182,8 +183,12 @@ class Source(Protocol):
 Loaders = Mapping[str, Callable[[str, Mapping[str, tuple[int, ...]]], Source]]
 
 
+# What `Run.init_from` may be: a path, what to take from it, or several of these, one after another.
+Starts = str | WarmStart | Sequence[WarmStart]
+
+
 def start(
-    warm: str | WarmStart, run: Run, program: Program | Draft, loaders: Loaders | None = None
+    warm: Starts, run: Run, program: Program | Draft, loaders: Loaders | None = None
 ) -> TrainState:
     """The state of step 0 with the parameters that `warm` names, read straight to their devices.
 
@@ -191,41 +196,35 @@ def start(
     and master bits of the optimizer from the loaded parameters. Says what was done with each.
 
     Args:
-      warm: a path, or what to take from it.
+      warm: a path, or what to take from it; of several, each says by `load` which parameters.
       run: that starts.
       program: its program.
       loaders: read what else a path may name, by its scheme.
 
     Raises:
-      UserError: where there is no such checkpoint, it is damaged, or does not fit.
+      UserError: where there is no such checkpoint, it is damaged, or does not fit; where two of
+        several load the same parameter.
     """
-    warm = WarmStart(path=warm) if isinstance(warm, str) else warm
+    if isinstance(warm, str):
+        warm = WarmStart(path=warm)
+    starts = [warm] if isinstance(warm, WarmStart) else list(warm)
     targets = paths_of(merge(program.abstract_state.params, program.abstract_state.frozen))
-    scheme, _, rest = warm.path.partition(":")
-    if loaders and scheme in loaders:
-        shapes = {path: tuple(x.shape) for path, x in targets.items()}
-        stored: Stored | Source = loaders[scheme](rest, shapes)
-    else:
-        stored = find(warm.path, warm.step or None)[-1]
-    try:
-        saved = stored.manifest()
-        chosen = plan(warm, targets, saved)
-        arrays = _read(stored, saved, chosen, targets, program)
-    except Damaged as error:
-        raise UserError(
-            f"init_from: the checkpoint {stored.folder} is damaged: {error}. Give another one."
-        ) from error
-    log.info("start from %s, step %d:\n  %s", stored.folder, saved["step"], chosen.report())
-    for name, text in run.data.fitted.items():
-        if saved.get(name) in (None, text):
-            continue
-        if aside := [path for path in chosen.loaded if path.startswith(f"{ASIDE}/")]:
-            raise UserError(
-                f"init_from: the {name} of {warm.path} is another than this run's data has: what "
-                f"{aside[0].split('/')[1]} says of a token would be said of another one. Give this "
-                f"run the {name} of that one (text: vocabulary=Pretrained(path={warm.path!r}))."
-            )
-        log.warning("its %s is another than this run's: the same numbers mean another", name)
+    opened = []
+    for one in starts:
+        stored = _open(one, targets, loaders)
+        with _undamaged(stored):
+            saved = stored.manifest()
+        opened.append((one, stored, saved, plan(one, targets, saved)))
+    _check_once([(one, chosen) for one, _, _, chosen in opened])
+    loaded = {path for *_, chosen in opened for path in chosen.loaded}
+    left = [path for path in targets if path not in loaded]
+    arrays: dict[str, jax.Array] = {}
+    for one, stored, saved, chosen in opened:
+        with _undamaged(stored):
+            arrays |= _read(stored, saved, chosen, targets, program)
+        said = replace(chosen, left=left if one is starts[-1] else ())
+        log.info("start from %s, step %d:\n  %s", stored.folder, saved["step"], said.report())
+        _check_fitted(one, chosen, saved, run)
     exact = {
         path: x
         for path, x in arrays.items()
@@ -258,6 +257,50 @@ def start(
     distributed.barrier()
     state: TrainState = compiled(exact, others)
     return state
+
+
+def _open(warm: WarmStart, targets: Mapping[str, Any], loaders: Loaders | None) -> Stored | Source:
+    """What the path names."""
+    scheme, _, rest = warm.path.partition(":")
+    if loaders and scheme in loaders:
+        return loaders[scheme](rest, {path: tuple(x.shape) for path, x in targets.items()})
+    return find(warm.path, warm.step or None)[-1]
+
+
+@contextlib.contextmanager
+def _undamaged(stored: Stored | Source) -> Iterator[None]:
+    try:
+        yield
+    except Damaged as error:
+        raise UserError(
+            f"init_from: the checkpoint {stored.folder} is damaged: {error}. Give another one."
+        ) from error
+
+
+def _check_once(plans: Sequence[tuple[WarmStart, Plan]]) -> None:
+    """Raises UserError where two starts load the same parameter."""
+    by: dict[str, WarmStart] = {}
+    for warm, chosen in plans:
+        if twice := [path for path in chosen.loaded if path in by]:
+            raise UserError(
+                f"init_from loads {_some(twice)} twice, from {by[twice[0]].path} and from "
+                f"{warm.path}: let `load` of one of them leave it out."
+            )
+        by |= dict.fromkeys(chosen.loaded, warm)
+
+
+def _check_fitted(warm: WarmStart, chosen: Plan, saved: Mapping[str, Any], run: Run) -> None:
+    """Warns where the numbers of the data mean another thing; of frozen models it is an error."""
+    for name, text in run.data.fitted.items():
+        if saved.get(name) in (None, text):
+            continue
+        if aside := [path for path in chosen.loaded if path.startswith(f"{ASIDE}/")]:
+            raise UserError(
+                f"init_from: the {name} of {warm.path} is another than this run's data has: what "
+                f"{aside[0].split('/')[1]} says of a token would be said of another one. Give this "
+                f"run the {name} of that one (text: vocabulary=Pretrained(path={warm.path!r}))."
+            )
+        log.warning("its %s is another than this run's: the same numbers mean another", name)
 
 
 @dataclass(frozen=True)

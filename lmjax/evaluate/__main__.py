@@ -4,6 +4,7 @@ Evaluates a trained or imported language model. `--task=perplexity` slides a win
 of --data, or what the run held out. Any other name is a task of lm-evaluation-harness (pip install
 'lmjax[eval]'), or a .yaml file of one: `--task=facts --task_path=DIR`, or `--task=DIR/facts.yaml`.
 Task files can run Python: take only what you trust. Nothing is downloaded unless HF_HUB_OFFLINE=0.
+What is no language model, and the evals of a config: `python -m lmjax.evaluate.run --workdir=DIR`.
 
 Exit codes: 0; 1 where a file cannot be written; 2 for a bad folder, flag, text or task.
 """
@@ -142,7 +143,9 @@ def _evaluate() -> None:
             results |= harness.pop("results") | harness.get("groups", {})
     every = (LENGTH, BATCH_SIZE, *OF_PERPLEXITY, *OF_HARNESS)
     settings = {"task": TASK.value, **{flag.name: flag.value for flag in every}}
-    found = record(WORKDIR.value, lm, settings=settings, results=results)
+    found = record(
+        WORKDIR.value, lm.step, tokenizer=lm.tokenizer.hash, settings=settings, results=results
+    )
     if OUT.value:
         write(OUT.value, {**found, **({"harness": harness} if harness else {})})
     width = None if sys.stdout.isatty() else 160

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,20 +17,25 @@ from rich.table import Table
 from lmjax.engine.manifest import versions
 from lmjax.engine.stored import find
 from lmjax.errors import UserError
-from lmjax.generate.language_model import LanguageModel
 
 Results = Mapping[str, Mapping[str, Any]]  # by task, then by metric
 
 
 def record(
-    workdir: str | Path, lm: LanguageModel, *, settings: Mapping[str, Any], results: Results
+    workdir: str | Path,
+    step: int,
+    *,
+    tokenizer: str | None,
+    settings: Mapping[str, Any],
+    results: Results,
 ) -> dict[str, Any]:
     """The results with all that they depend on.
 
     That is the run and its step, `checkpoint` (the sha256 of its manifest, which holds a checksum
-    of every array), `tokenizer` (its sha256), settings, versions of the libraries, the devices.
+    of every array), `tokenizer` (its sha256, of text), settings, versions of the libraries, the
+    devices.
     """
-    (stored,) = find(workdir, lm.step)
+    (stored,) = find(workdir, step)
     found = versions()
     try:
         found["lm_eval"] = importlib.metadata.version("lm_eval")
@@ -38,9 +44,9 @@ def record(
     devices = jax.devices()
     return {
         "workdir": str(Path(workdir).absolute()),
-        "step": lm.step,
+        "step": step,
         "checkpoint": stored.manifest()["sha256"],
-        "tokenizer": lm.tokenizer.hash,
+        **({} if tokenizer is None else {"tokenizer": tokenizer}),
         "settings": dict(settings),
         "versions": found,
         "devices": f"{len(devices)} x {devices[0].device_kind}",
@@ -63,6 +69,17 @@ def check_out(out: str | Path) -> None:
 def write(out: str | Path, found: Mapping[str, Any]) -> None:
     """Writes a record."""
     Path(out).write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", "utf-8")
+
+
+def finite(results: Results) -> dict[str, dict[str, Any]]:
+    """The results with None, which JSON has, for numbers that are not finite."""
+    return {
+        task: {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in numbers.items()
+        }
+        for task, numbers in results.items()
+    }
 
 
 def show(results: Results, console: Console) -> None:

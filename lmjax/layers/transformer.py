@@ -21,6 +21,8 @@ from lmjax.layers.pipeline import pipelined
 from lmjax.layers.remat import Remat, named, rule
 from lmjax.sharding import shard
 
+HIDDEN, KEPT = "hidden", "kept"  # the collection of layers' hidden states, and their name in it
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), dropout on both branches.
@@ -148,10 +150,12 @@ class Stack(nn.Module):
         memory_segments_BM: jax.Array | None = None,
         bias_HTS: jax.Array | None = None,
         train: bool = False,
+        keep: tuple[int, ...] = (),
     ) -> tuple[jax.Array, Any, dict[str, Mean]]:
         """Returns (x_BTD, cache, aux), the Means of aux added over the layers.
 
-        The memory, its segments and the bias are the same for all layers, see `Block`.
+        The memory, its segments and the bias are the same for all layers, see `Block`. What comes
+        out of the layers `keep`, in that order, is sown as `KEPT` in `HIDDEN` (`layers.hidden`).
         """
         also = {
             name: x
@@ -163,6 +167,12 @@ class Stack(nn.Module):
             if x is not None
         }
         if cache is None and sharding.pipeline().stages > 1 and not self.is_initializing():
+            if keep:
+                raise UserError(
+                    f"the mesh has stage={sharding.pipeline().stages}, and a pipeline gives no "
+                    "hidden states of its layers: set stage=1, and split the model by fsdp or "
+                    "tensor."
+                )
             if also:
                 raise UserError(
                     f"the mesh has stage={sharding.pipeline().stages}, and layers with a relative "
@@ -187,8 +197,18 @@ class Stack(nn.Module):
             return (x_BTD, cache), aux
 
         policy = rule(self.remat) if cache is None else None
+        once: Callable[..., Any] = (
+            body if policy is None else nn.remat(body, policy=policy, prevent_cse=False)
+        )
+
+        def keeping(block: Any, carry: Any, layer: jax.Array) -> tuple[Any, dict[str, Mean]]:
+            # Outside of what is computed again: what is kept would be kept again for each layer.
+            carry, kept_KBTD = carry
+            carry, aux = once(block, carry, layer)
+            return (carry, _with_slot(kept_KBTD, carry[0], slots_L[layer])), aux
+
         loop: Callable[..., Any] = nn.scan(
-            body if policy is None else nn.remat(body, policy=policy, prevent_cse=False),
+            keeping if keep else once,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.num_layers,
@@ -196,7 +216,18 @@ class Stack(nn.Module):
             metadata_params={"axis": "layers"},
         )
         layers = jnp.arange(self.num_layers)
-        (x_BTD, cache), aux = loop(self.block, (x_BTD, cache), layers)
+        if keep:
+            # What no one asks for goes to a slot behind the others.
+            slots_L = (
+                jnp.full(self.num_layers, len(keep)).at[jnp.array(keep)].set(jnp.arange(len(keep)))
+            )
+            kept_KBTD = _kept(jnp.zeros((len(keep) + 1, *x_BTD.shape), x_BTD.dtype))
+            start = (x_BTD, cache), kept_KBTD
+            ((x_BTD, cache), kept_KBTD), aux = loop(self.block, start, layers)
+            states = tuple(kept_KBTD[i] for i in range(len(keep)))
+            self.sow(HIDDEN, KEPT, states, reduce_fn=lambda _, new: new, init_fn=lambda: ())
+        else:
+            (x_BTD, cache), aux = loop(self.block, (x_BTD, cache), layers)
         return x_BTD, cache, jax.tree.map(lambda total: jnp.sum(total, axis=0), aux)
 
     def _pipelined(
@@ -247,3 +278,13 @@ class Stack(nn.Module):
 def _split(x_BTD: jax.Array) -> jax.Array:
     """`x_BTD`, split as the residual stream is."""
     return shard(x_BTD, "batch", "residual", "act_embed")
+
+
+def _kept(x_KBTD: jax.Array) -> jax.Array:
+    """Residual streams, each split as it is."""
+    return shard(x_KBTD, None, "batch", "residual", "act_embed")
+
+
+def _with_slot(kept_KBTD: jax.Array, x_BTD: jax.Array, slot: jax.Array) -> jax.Array:
+    """`kept_KBTD` with one of them in the place of another."""
+    return _kept(jax.lax.dynamic_update_index_in_dim(kept_KBTD, x_BTD, slot, axis=0))

@@ -61,8 +61,11 @@ def pruned(
 
     Source: Zhu & Gupta, arXiv:1710.01878: the share of zeros follows `cubic`; what is pruned gets
     no update any more and stays zero. What is chosen is |w| after a step's update. With a `pattern`
-    n:m all is pruned at step `begin`: of every m weights along the inputs of a product the n
-    largest stay (Mishra et al., arXiv:2104.08378, section 3).
+    n:m, of every m weights along the inputs of a product the n largest stay (Mishra et al.,
+    arXiv:2104.08378, section 3): at once at step `begin`, or with an `end` little by little. The
+    share of zeros then follows `cubic` up to (m - n) / m, and goes to the smallest of the weights
+    that the pattern would drop now (`keep_towards`). Kao et al., arXiv:2209.07617, find such ways
+    better than one step; theirs has the same share everywhere, n falling from m - 1.
 
     Masks are arrays of one byte a weight in the optimizer's state: split as the parameters, and in
     the checkpoints.
@@ -73,7 +76,7 @@ def pruned(
       sparsity: the share of zeros at step `end`; 0 with a pattern, or for `keep_zeros` alone.
       pattern: '2:4' or another one; '' for none.
       begin: the step (the first is 1) at which pruning begins; 0 is as 1.
-      end: the step at which it is over.
+      end: the step at which it is over; 0, with a pattern: at `begin`.
       every: steps between two choices.
       scope: whether the share is that of each matrix (of each layer), or of all together.
       keep_zeros: what starts as zero stays so: training goes on from weights that are pruned.
@@ -84,16 +87,17 @@ def pruned(
     """
     check_regex("where", where)
     n_of_m = pattern_of(pattern)
+    gradual, most = end > 0, 1 - n_of_m[0] / n_of_m[1] if n_of_m else sparsity
     if not 0 <= sparsity < 1:
         raise UserError(f"sparsity is {sparsity}: must be at least 0 and below 1.")
     if (sparsity > 0) == bool(n_of_m) and not (keep_zeros and not n_of_m):
         raise UserError(
             f"sparsity is {sparsity} and pattern {pattern!r}: give one of them (or keep_zeros)."
         )
-    if begin < 0 or every < 1 or (sparsity and end <= begin):
+    if begin < 0 or every < 1 or ((sparsity or end) and end <= begin):
         raise UserError(
             f"begin is {begin}, end {end} and every {every}: begin may not be negative, end must "
-            "be above it, and every at least 1."
+            "be above it (or 0 with a pattern), and every at least 1."
         )
     if scope not in get_args(Scope):
         raise UserError(f"scope is {scope!r}." + did_you_mean(str(scope), get_args(Scope)))
@@ -120,18 +124,22 @@ def pruned(
 
         def chosen() -> dict[str, Any]:
             scores = {k: jnp.abs(own[k] + change[k]) * m.kept for k, m in old.items()}
-            if n_of_m:
-                kept = {k: keep_pattern(x, n_of_m, axes=old[k].inputs) for k, x in scores.items()}
-            else:
-                share = cubic(step, sparsity=sparsity, begin=begin, end=end)
-                stacked = {k: m.stacked for k, m in old.items()}
+            stacked = {k: m.stacked for k, m in old.items()}
+            share = cubic(step, sparsity=most, begin=begin, end=end) if gradual else most
+            if n_of_m is None:
                 kept = keep_largest(scores, share, stacked=stacked, scope=scope)
+            else:
+                kept = {k: keep_pattern(x, n_of_m, axes=old[k].inputs) for k, x in scores.items()}
+                if gradual:
+                    more = keep_towards(kept, scores, share, stacked=stacked, scope=scope)
+                    # At the end exactly, however share * N is rounded.
+                    kept = {k: jnp.where(step < end, more[k], x) for k, x in kept.items()}
             return {k: x.astype(jnp.uint8) * old[k].kept for k, x in kept.items()}
 
         first = max(begin, 1)
-        if n_of_m:
+        if n_of_m and not gradual:
             now = step == first
-        elif sparsity:
+        elif most:
             due = ((step - begin) % every == 0) | (step == end)
             now = due & (step >= first) & (step <= end)
         else:
@@ -188,6 +196,23 @@ def keep_largest(
         limit = limit.reshape(*limit.shape, *[1] * (x.ndim - len(lead)))
         kept[path] = jnp.moveaxis(moved > limit, tuple(range(len(lead))), lead)
     return kept
+
+
+def keep_towards(
+    spared: dict[str, Any],
+    scores: dict[str, Any],
+    share: Any,
+    *,
+    stacked: dict[str, tuple[int, ...]],
+    scope: Scope,
+) -> dict[str, Any]:
+    """Masks as those of `keep_largest` that drop nothing of what the masks `spared` keep.
+
+    Up to the share that `spared` drops; then they are `spared`.
+    """
+    rest = {path: jnp.where(spared[path], jnp.inf, x) for path, x in scores.items()}
+    kept = keep_largest(rest, share, stacked=stacked, scope=scope)
+    return {path: x | spared[path] for path, x in kept.items()}
 
 
 def keep_pattern(score: Any, pattern: tuple[int, int], *, axes: Sequence[int]) -> Any:

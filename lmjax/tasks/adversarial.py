@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from lmjax.core import Batch, Dataset, Mean, Output, Spec, Variables, Work
 from lmjax.errors import UserError
+from lmjax.tasks.forward import forward
 
 
 class Generator(Protocol):
@@ -89,6 +90,8 @@ class Adversarial:
       real_label: the probability that the discriminator learns to give what is real: below 1
         smooths one side (Salimans et al., arXiv:1606.03498, section 3.4).
     """
+
+    loss_unit: ClassVar[str] = "nats"
 
     generator: Generator
     discriminator: Discriminator
@@ -180,9 +183,7 @@ class Adversarial:
         held = {c: branches for c, branches in variables.items() if c != "params"} | dict(state)
         own = {c: branches[name] for c, branches in held.items() if name in branches}
         given = {"params": variables["params"][name], **own}
-        if not (train and own):
-            return network.apply(given, x, train=train), held
-        result, changed = network.apply(given, x, train=True, mutable=sorted(own))
+        result, changed, _ = forward(network, given, x, train=train)
         return result, {
             c: {**branches, name: changed[c]} if c in changed else branches
             for c, branches in held.items()

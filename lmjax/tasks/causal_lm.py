@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from lmjax.core import (
 )
 from lmjax.errors import UserError, did_you_mean
 from lmjax.ops.losses import cross_entropy
+from lmjax.tasks.forward import forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class CausalLM:
         without a target count in the auxiliary losses and not in the divisor. The metric of the
         same name is the mean over tokens and layers.
     """
+
+    loss_unit: ClassVar[str] = "nats"
 
     model: Decoder
     vocab_chunk: int = 0
@@ -90,34 +93,39 @@ class CausalLM:
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array, *, train: bool) -> Output:
         """The loss and, where bytes are known, bits per byte."""
-        output, model_state = self.forward(variables, batch, rng, train=train)
+        output, model_state, _ = self.read(variables, batch, rng, train=train)
         return self.judged(output, model_state, batch, train=train)
 
-    def forward(
-        self, variables: Variables, batch: Batch, rng: jax.Array, *, train: bool
-    ) -> tuple[DecoderOutput, Variables]:
-        """What the model makes of a batch, and its collections that have changed."""
-        changing = [name for name in variables if train and name != "params"]
-        if CARRY in changing:
+    def read(
+        self,
+        variables: Variables,
+        batch: Batch,
+        rng: jax.Array,
+        *,
+        train: bool,
+        layers: Sequence[int] = (),
+    ) -> tuple[DecoderOutput, Variables, list[jax.Array]]:
+        """What the model makes of a batch, its collections that have changed, and these layers'.
+
+        See `tasks.forward`.
+        """
+        if train and CARRY in variables:
             variables = {**variables, CARRY: _going_on(variables[CARRY], batch["continues"])}
-        output: Any = self.model.apply(
+        return forward(
+            self.model,
             variables,
             batch["tokens"],
             positions_BT=batch.get("positions"),
             segments_BT=batch.get("segments"),
+            rng=rng,
             train=train,
-            rngs={"dropout": rng} if train else None,
-            **({"mutable": changing} if changing else {}),
+            layers=layers,
         )
-        model_state: Variables = {}
-        if changing:
-            output, model_state = output
-        return output, model_state
 
     def judged(
         self, output: DecoderOutput, model_state: Variables, batch: Batch, *, train: bool
     ) -> Output:
-        """The loss of what `forward` gave."""
+        """The loss of what `read` gave."""
         nll_BT, z_BT = cross_entropy(
             output.hidden_BTD,
             output.unembedding,

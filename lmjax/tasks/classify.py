@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from lmjax.core import (
     LabelledDataset,
     Mean,
     Network,
-    NetworkOutput,
     Output,
     Spec,
     Variables,
@@ -28,6 +27,7 @@ from lmjax.core import (
 from lmjax.errors import UserError, did_you_mean
 from lmjax.ops.classification import sigmoid_cross_entropy, softmax_cross_entropy
 from lmjax.ops.penalty import KERNELS, check_penalty, penalised_mean
+from lmjax.tasks.forward import forward
 
 MOST_NAMED = 20  # of more classes the recall of each is no metric
 
@@ -64,6 +64,8 @@ class Classify:
       l1, l2, penalised: see `ops.penalty.penalised_mean`; in the loss that is descended.
       aux_losses: weights of the model's auxiliary losses, by their names.
     """
+
+    loss_unit: ClassVar[str] = "nats"
 
     model: Network
     activation: Literal["softmax", "sigmoid"] = "softmax"
@@ -137,7 +139,7 @@ class Classify:
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array, *, train: bool) -> Output:
         """The loss and the accuracy, where several classes may hold that of each of them."""
-        output, state = self._apply(variables, batch, rng, train=train)
+        output, state, _ = forward(self.model, variables, batch, rng=rng, train=train)
         values_BC, labels, weights_B = output.values_BC, batch["labels"], batch["weights"]
         several = labels.ndim == 2
         loss = self._mean(values_BC, labels, weights_B, plain=True)
@@ -169,7 +171,7 @@ class Classify:
 
         Two classes have two of them, though the model may have one output.
         """
-        output, _ = self._apply(variables, batch, None, train=False)
+        output, *_ = forward(self.model, variables, batch, train=False)
         found = {"scores_BC": _scores(output.values_BC, self.activation)}
         for name in ("labels", "weights"):
             if name in batch:
@@ -184,19 +186,6 @@ class Classify:
     def count_params(self, params: Any) -> Mapping[str, int]:
         """Parameters by part of the model."""
         return self.model.count_params(params)
-
-    def _apply(
-        self, variables: Variables, batch: Batch, rng: jax.Array | None, *, train: bool
-    ) -> tuple[NetworkOutput, Any]:
-        """What the model makes of the batch, and its mutable state, which training changes."""
-        state = {name: held for name, held in variables.items() if name != "params"}
-        arguments: dict[str, Any] = {"train": train}
-        if train:
-            arguments["rngs"] = {"dropout": rng}
-        if train and state:
-            output, changed = self.model.apply(variables, batch, mutable=sorted(state), **arguments)
-            return output, {**state, **changed}
-        return self.model.apply(variables, batch, **arguments), state
 
     def _mean(
         self, values_BC: jax.Array, labels: jax.Array, weights_B: jax.Array, *, plain: bool

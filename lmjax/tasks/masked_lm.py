@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lmjax.core import Batch, Dataset, Encoder, Mean, Output, Spec, Unembedding, Variables, Work
 from lmjax.errors import UserError, did_you_mean
 from lmjax.ops.losses import cross_entropy, logits
+from lmjax.tasks.forward import forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class MaskedLM:
       vocab_chunk: if not 0, logits are made for so many tokens of the vocabulary at a time.
       aux_losses: weights of the model's auxiliary losses, as in `CausalLM`.
     """
+
+    loss_unit: ClassVar[str] = "nats"
 
     model: Encoder
     vocab_chunk: int = 0
@@ -63,13 +66,14 @@ class MaskedLM:
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array, *, train: bool) -> Output:
         """The loss, and without training the accuracy."""
-        output = self.model.apply(
+        output, state, _ = forward(
+            self.model,
             variables,
             batch["tokens"],
             positions_BT=batch.get("positions"),
             segments_BT=batch.get("segments"),
+            rng=rng,
             train=train,
-            rngs={"dropout": rng} if train else None,
         )
         hidden_BTD, unembedding = output.predicting_BTD, output.unembedding
         if hidden_BTD is None or unembedding is None:
@@ -91,7 +95,7 @@ class MaskedLM:
         else:
             best_BT = likeliest(hidden_BTD, unembedding, vocab_chunk=self.vocab_chunk)
             metrics["accuracy"] = Mean.of((best_BT == targets_BT).astype(jnp.float32), weights_BT)
-        return Output(loss=loss, metrics=metrics)
+        return Output(loss=loss, metrics=metrics, model_state=state)
 
     def work(self, example: Spec) -> Work:
         """Three forward passes' worth: one forward, two backward."""

@@ -123,7 +123,8 @@ class Preference:
         let the adapters alone train. "frozen": a second copy of the parameters, the branch
         "aside/reference", begins as the policy's equal and stays it: set `Run.trainable` to
         "^(?!aside/)", and where both start from other weights,
-        WarmStart(rename=(("^aside/reference/", ""),)). "none": ORPO's.
+        WarmStart(rename=(("^aside/reference/", ""),)); from a run each, two of them, as
+        configs/dpo.py:frozen has them. "none": ORPO's.
       vocab_chunk: if not 0, logits are made for so many tokens of the vocabulary at a time.
     """
 
@@ -153,6 +154,12 @@ class Preference:
             raise UserError(
                 "the model is stateful, and rows of preferences do not go on: set stateful=False."
             )
+
+    @property
+    def loss_unit(self) -> str:
+        """Of the loss, if it is the logarithm of a probability."""
+        of_log = getattr(self.objective, "form", "") == "sigmoid"
+        return "nats" if of_log or isinstance(self.objective, Orpo) else ""
 
     @property
     def _sides(self) -> tuple[str, str]:

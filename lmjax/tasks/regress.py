@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from lmjax.core import Batch, Dataset, Mean, Network, NetworkOutput, Output, Spec, Variables, Work
+from lmjax.core import Batch, Dataset, Mean, Network, Output, Spec, Variables, Work
 from lmjax.errors import UserError, did_you_mean
 from lmjax.ops.penalty import KERNELS, check_penalty, penalised_mean
+from lmjax.tasks.forward import forward
 
 Loss = Literal["mse", "mae", "huber"]
 
@@ -74,7 +75,7 @@ class Regress:
 
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array, *, train: bool) -> Output:
         """The error, and the mean squared and absolute ones."""
-        output, state = self._apply(variables, batch, rng, train=train)
+        output, state, _ = forward(self.model, variables, batch, rng=rng, train=train)
         error_BC = output.values_BC - _columns(batch["values"])
         metrics = {
             name: Mean.of(jnp.mean(of(error_BC), axis=-1), batch["weights"])
@@ -89,7 +90,7 @@ class Regress:
 
     def predict(self, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
         """scores_BC, what the model says, and the batch's values and weights, if it has them."""
-        output, _ = self._apply(variables, batch, None, train=False)
+        output, *_ = forward(self.model, variables, batch, train=False)
         found = {"scores_BC": output.values_BC}
         if "values" in batch:
             found["values_BC"] = _columns(batch["values"])
@@ -114,19 +115,6 @@ class Regress:
             return size_BC
         inner_BC = jnp.minimum(size_BC, self.delta)
         return inner_BC * (size_BC - 0.5 * inner_BC)
-
-    def _apply(
-        self, variables: Variables, batch: Batch, rng: jax.Array | None, *, train: bool
-    ) -> tuple[NetworkOutput, Any]:
-        """What the model makes of the batch, and its mutable state, which training changes."""
-        state = {name: held for name, held in variables.items() if name != "params"}
-        arguments: dict[str, Any] = {"train": train}
-        if train:
-            arguments["rngs"] = {"dropout": rng}
-        if train and state:
-            output, changed = self.model.apply(variables, batch, mutable=sorted(state), **arguments)
-            return output, {**state, **changed}
-        return self.model.apply(variables, batch, **arguments), state
 
 
 def _columns(values: jax.Array) -> jax.Array:

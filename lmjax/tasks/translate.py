@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lmjax.core import Batch, EncoderDecoder, Mean, Output, Spec, TextDataset, Variables, Work
 from lmjax.errors import UserError
 from lmjax.ops.losses import cross_entropy
+from lmjax.tasks.forward import forward
 
 NEEDED = ("source", "targets", "weights")
 
@@ -36,6 +37,8 @@ class Translate:
       vocab_chunk: if not 0, logits are made for so many tokens of the vocabulary at a time.
       z_loss: weight of log(Z)^2; see `CausalLM`.
     """
+
+    loss_unit: ClassVar[str] = "nats"
 
     model: EncoderDecoder
     label_smoothing: float = 0.1
@@ -86,7 +89,8 @@ class Translate:
     def loss(self, variables: Variables, batch: Batch, rng: jax.Array, *, train: bool) -> Output:
         """The loss, smoothed where it is descended."""
         targets_BT = batch["targets"]
-        output = self.model.apply(
+        output, state, _ = forward(
+            self.model,
             variables,
             shifted(targets_BT, batch.get("positions"), self.model.start_id),
             source_BM=batch["source"],
@@ -94,8 +98,8 @@ class Translate:
             segments_BT=batch.get("segments"),
             source_positions_BM=batch.get("source_positions"),
             source_segments_BM=batch.get("source_segments"),
+            rng=rng,
             train=train,
-            rngs={"dropout": rng} if train else None,
         )
         nll_BT, extra_BT = cross_entropy(
             output.hidden_BTD,
@@ -109,7 +113,7 @@ class Translate:
         metrics = {"loss": loss, **output.aux}
         if train:
             loss = Mean.of(nll_BT + extra_BT, batch["weights"])
-        return Output(loss=loss, metrics=metrics)
+        return Output(loss=loss, metrics=metrics, model_state=state)
 
     def work(self, example: Spec) -> Work:
         """Three forward passes' worth: one forward, two backward; units are tokens of targets.

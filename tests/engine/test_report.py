@@ -1,13 +1,16 @@
 """What is written of steps: their time without that of saves and evaluations, and health."""
 
+import io
+
 import jax
 import pytest
+from rich.console import Console
 
 from lmjax.engine.curves import read_metrics
 from lmjax.engine.goodput import read_launches
 from lmjax.engine.program import compile_program
 from lmjax.engine.report import Report
-from tests.engine.linear_task import make_run
+from tests.engine.linear_task import Linear, make_run
 from tests.engine.test_goodput import Device, goodput, train
 
 VALUES = {"loss": 1.0, "grad_norm": 1.0}
@@ -51,6 +54,26 @@ def follow(report, device, waits, *, first=0, then=(), aside=lambda: None, step_
             aside()
 
     train(report.clock, device, waits, first=first, after=after, step_s=step_s)
+
+
+@pytest.mark.parametrize("unit", ["nats", ""])
+def test_the_loss_has_the_unit_that_the_task_names(tmp_path, program, monkeypatch, unit):
+    drawn = []
+    monkeypatch.setattr(
+        "lmjax.engine.report.draw_curves", lambda *_, **options: drawn.append(options)
+    )
+
+    class Named(Linear):
+        loss_unit = unit
+
+    with report_of(
+        program, tmp_path, device=Device(), task=Named() if unit else Linear()
+    ) as report:
+        report.console = Console(file=io.StringIO(), width=200)
+        report.evaluation(10, {"valid/loss": 0.5, "valid/absolute": 0.25})
+    said = [line.split() for line in report.console.file.getvalue().splitlines()]
+    assert ["valid/loss", "0.5000", *([unit] if unit else [])] in said
+    assert drawn[0]["loss_unit"] == unit
 
 
 def rows_of(workdir):

@@ -11,11 +11,14 @@ import optax
 import pytest
 
 from lmjax import sharding
+from lmjax.config import build, call, from_dict, override, to_dict
 from lmjax.core import Mean, Output
 from lmjax.engine import warm_start
 from lmjax.engine.checkpoint import Checkpoints
 from lmjax.engine.precision import Precision
-from lmjax.engine.run import compile_run, draft_run
+from lmjax.engine.run import Run, compile_run, draft_run
+from lmjax.engine.state import paths_of
+from lmjax.engine.streamed import write_checkpoint
 from lmjax.engine.warm_start import WarmStart
 from lmjax.errors import UserError
 from lmjax.ops.rounding import join_halves
@@ -178,6 +181,58 @@ def test_what_is_missing_is_initialised_where_that_is_allowed(source, devices):
     np.testing.assert_array_equal(state.params["head"]["out"][:, 0], average["head"]["out"])
     fresh = initialised(run)["trunk"]
     jax.tree.map(np.testing.assert_array_equal, state.params["trunk"], fresh)
+
+
+def test_several_starts_each_load_their_own(source, devices, tmp_path, caplog):
+    """The body from one run and the head, under other names, from another."""
+    folder, average = source
+    other = run_of(Flat(), seed=3)
+    state = jax.jit(lambda: sharding.unbox(other.task.init(jax.random.key(9), {})))()
+    shapes = {f"params/{k}": x for k, x in paths_of(state["params"]).items()}
+    write_checkpoint(
+        tmp_path / "checkpoints",
+        2,
+        {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in shapes.items()},
+        lambda path: [((0,) * shapes[path].ndim, np.asarray(shapes[path]))],
+        {"config": {}, "tokenizer": "none"},
+    )
+    body = WarmStart(path=str(folder), load="^body/")
+    head = WarmStart(path=str(tmp_path), load="^head/out$")
+    run = run_of(Net(), init_from=(body, head))
+    with caplog.at_level(logging.INFO):
+        found = warm_start.start(run.init_from, run, draft_run(run, devices=devices[:1]))
+    jax.tree.map(np.testing.assert_array_equal, found.params["body"], average["body"])
+    out = state["params"]["head"]["out"][:, 0]
+    np.testing.assert_array_equal(found.params["head"]["out"], out)
+    assert caplog.text.count("left as initialised") == 1
+    assert "1 left as initialised: head/bias" in caplog.text
+    twice = (
+        body,
+        WarmStart(path=str(tmp_path), load="(up|out)$", rename=[("body/up", "trunk/fc_in")]),
+    )
+    with pytest.raises(UserError, match=rf"loads body/up twice, from {folder} and from {tmp_path}"):
+        warm_start.start(twice, run, draft_run(run, devices=devices[:1]))
+
+
+def test_a_flag_reaches_each_of_several_starts():
+    starts = tuple(call(WarmStart, path=name, load=f"^{name}/") for name in ("body", "head"))
+    config = call(
+        Run,
+        task=call(Net),
+        optimizer=call(adamw, learning_rate=call(constant, peak=1e-3)),
+        data=call(Points),
+        steps=2,
+        batch_size=8,
+        init_from=starts,
+    )
+    override(config, "init_from.1.path", "runs/other")
+    run = build(from_dict(to_dict(config)))
+    assert [start.path for start in run.init_from] == ["body", "runs/other"]
+    override(config, "init_from", "runs/one")
+    assert build(config).init_from == "runs/one"
+    override(config, "init_from", starts[0])
+    override(config, "init_from", starts)
+    assert [start.load for start in build(config).init_from] == ["^body/", "^head/"]
 
 
 def test_a_damaged_checkpoint_is_refused(source, devices, tmp_path):

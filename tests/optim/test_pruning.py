@@ -13,7 +13,14 @@ from lmjax.config import build_and_resolve, load_config
 from lmjax.engine.loop import train
 from lmjax.engine.run import compile_run
 from lmjax.errors import UserError
-from lmjax.optim.pruning import axes_of, cubic, keep_largest, keep_pattern, pruned
+from lmjax.optim.pruning import (
+    axes_of,
+    cubic,
+    keep_largest,
+    keep_pattern,
+    keep_towards,
+    pruned,
+)
 from lmjax.sharding import Boxed, Layout
 from tests.test_configs import Failing
 
@@ -113,6 +120,47 @@ def test_two_of_four_along_the_inputs():
     assert np.all((up != 0).sum(2) == 2) and np.all((out != 0).sum(1) == 2)
 
 
+def test_a_pattern_grows_by_zhu_and_guptas_share():
+    """Each choice against numpy: the smallest of what the pattern would drop; at last it alone."""
+    optimizer = pruned(optimizer=optax.sgd(0.1), pattern="2:4", begin=1, end=6, every=2, where="up")
+    start = params()
+    state, values = plain(jax.jit(optimizer.init)(start)), plain(start)
+    update = jax.jit(optimizer.update)
+    kept, random = np.ones((3, 8, 6)), np.random.default_rng(3)
+    for step in range(1, 9):
+        gradient = jax.tree.map(lambda x: random.normal(size=x.shape).astype("f4"), values)
+        moved = np.asarray(values["up"]["kernel"]) - 0.1 * gradient["up"]["kernel"]
+        updates, state = update(gradient, state, values)
+        values = optax.apply_updates(values, updates)
+        if step in (1, 3, 5, 6):
+            score = np.abs(moved) * kept
+            rank = np.argsort(np.argsort(-score.reshape(3, 2, 4, 6), axis=2), axis=2)
+            spared = (rank < 2).reshape(3, 8, 6)
+            number = int(48 * 0.5 * (1 - (1 - (step - 1) / 5) ** 3) + 1e-6)
+            for layer in range(3):
+                out = np.sort(score[layer][~spared[layer]])[:number]
+                kept[layer] = spared[layer] | (score[layer] > (out[-1] if number else -1))
+        np.testing.assert_array_equal(np.asarray(values["up"]["kernel"]) != 0, kept)
+    assert np.all(kept.reshape(3, 2, 4, 6).sum(2) == 2)
+
+
+@pytest.mark.parametrize("pattern", [(2, 3), pytest.param((1, 4), marks=pytest.mark.slow)])
+def test_towards_a_pattern_never_passes_it(pattern):
+    """Whatever the share, even one that rounding has made too large."""
+    scores = {"a": jnp.asarray(RNG.random((12, 5)), jnp.float32)}
+
+    @jax.jit
+    def masks(share):
+        spared = {"a": keep_pattern(scores["a"], pattern, axes=(0,))}
+        return spared, keep_towards(spared, scores, share, stacked={"a": ()}, scope="matrix")
+
+    for share in (0.0, 0.2, 1 - pattern[0] / pattern[1], 0.9):
+        spared, found = (np.asarray(x["a"]) for x in masks(share))
+        assert not np.any(spared & ~found)
+        most = 60 - int(spared.sum())
+        assert 60 - int(found.sum()) == min(most, int(60 * share + 1e-3))
+
+
 def test_weights_that_are_pruned_already_stay_so():
     start = params()
     first = start["up"]["kernel"]
@@ -130,6 +178,7 @@ def test_weights_that_are_pruned_already_stay_so():
         ({}, "give one of them"),
         ({"sparsity": 0.5, "end": 5, "pattern": "2:4"}, "give one of them"),
         ({"pattern": "4:2"}, "as '2:4'"),
+        ({"pattern": "2:4", "begin": 5, "end": 4}, "end must"),
         ({"sparsity": 0.5, "end": 5, "scope": "all"}, "scope"),
         ({"sparsity": 0.5, "end": 5, "where": "("}, "where"),
     ],
@@ -146,10 +195,10 @@ def test_refused_when_it_starts():
         pruned(optimizer=optax.sgd(0.1), pattern="3:5").init(params())
 
 
-@pytest.fixture(scope="module")
-def small():
+@pytest.fixture(scope="module", params=[{"sparsity": 0.5}, {"pattern": "2:4"}])
+def small(request):
     run, tree = build_and_resolve(load_config("configs/char.py:smoke"))
-    optimizer = pruned(optimizer=run.optimizer, sparsity=0.5, begin=1, end=4, every=1)
+    optimizer = pruned(optimizer=run.optimizer, begin=1, end=4, every=1, **request.param)
     return dataclasses.replace(run, optimizer=optimizer, evals={}, steps=4, save_every=2), tree
 
 

@@ -14,14 +14,18 @@ from flax import linen as nn
 
 from lmjax.adapt.adapted import adapted
 from lmjax.adapt.lora import Lora
+from lmjax.config import build, call, load_config, override
+from lmjax.convert.imports import import_folder
 from lmjax.core import DecoderOutput, Unembedding
 from lmjax.data.preferences import Preferences
 from lmjax.engine.loop import train
 from lmjax.engine.run import Run, compile_run
+from lmjax.engine.warm_start import WarmStart, start
 from lmjax.errors import UserError
 from lmjax.models.llama import llama
 from lmjax.sharding import Layout
 from lmjax.tasks.preference import Dpo, Kto, Orpo, Preference
+from tests.convert import folders
 from tests.tasks import preference_reference as reference
 
 V = reference.VOCABULARY
@@ -283,3 +287,50 @@ def test_resumed_equals_uninterrupted(kind, tmp_path, devices):
     train(dataclasses.replace(run, steps=2), tmp_path / "torn", **options)
     resumed = train(run, tmp_path / "torn", **options)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+
+@pytest.mark.slow
+def test_a_reference_of_its_own_start_equals_adapters_off(tmp_path, devices):
+    """Policy and reference from one folder each: the first loss is log 2, gradients are equal."""
+    source = folders.write(tmp_path / "in", folders.LLAMA, folders.drawn(folders.LLAMA))
+    for name in ("policy", "reference"):
+        import_folder(source, tmp_path / name)
+    changes = {"task.model.model.dtype": "float32", "task.model.model.remat": "none"}
+    policy, reference = (str(tmp_path / name) for name in ("policy", "reference"))
+    changes |= {"init_from.path": policy}
+    off = load_config("configs/dpo.py:smoke", changes)
+    frozen = load_config("configs/dpo.py:smoke", changes)
+    override(frozen, "task.reference", "frozen")
+    override(frozen, "trainable", "^(?!aside/).*/lora/")
+    own, aside = r"^(?!aside/|.*/lora/)", r"^aside/reference/(?!.*/lora/)"
+    rename = (("^aside/reference/", ""),)
+    starts = (
+        call(WarmStart, path=policy, load=own),
+        call(WarmStart, path=reference, load=aside, rename=rename),
+    )
+    override(frozen, "init_from", starts)
+    paths = dict.fromkeys(
+        ("data.vocabulary.path", "task.model.workdir", "init_from.1.path"), reference
+    )
+    small = {"data.length": 64, "batch_size": 16, "task.model.dtype": "float32"}
+    whole = load_config("configs/dpo.py:frozen", {**paths, **small, "init_from.0.path": policy})
+    found = []
+    for config in (off, frozen, whole):
+        run = build(config)
+        program = compile_run(run, devices=devices[:1])
+        state, rows = start(run.init_from, run, program), []
+        batches = run.data.batches(batch_size=run.batch_size, seed=0)
+        for _, batch in zip(range(2), batches, strict=False):
+            state, metrics = program.train_step(state, program.put(batch))
+            rows.append([float(metrics[name].value) for name in ("loss", "grad_norm")])
+        found.append((rows, state.params))
+    for rows, _ in found:
+        np.testing.assert_allclose(rows[0][0], np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5)
+    assert found[0][0][0][1] > 1e-4
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        found[1][1],
+        found[0][1],
+    )
+    assert "aside" in state.frozen and "embed" in state.params
