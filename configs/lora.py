@@ -3,6 +3,8 @@
 Command:  python -m lmjax.convert import --from=DIR --workdir=runs/imported
           python -m lmjax.train --config=configs/lora.py --workdir=runs/lora
           (another start: --config.init_from.path=WORKDIR; other text: --config.data.path=PATH;
+          QLoRA, over weights of 4 bits: start from what
+          python -m lmjax.convert quantize --workdir=runs/imported --to=runs/nf4 --kind=nf4 writes;
           the result without adapters: python -m lmjax.convert merge --workdir=runs/lora --to=DIR;
           for peft: python -m lmjax.convert export-adapter --workdir=runs/lora --to=DIR)
 Hardware: 2 CPU cores for models of up to a few hundred million parameters

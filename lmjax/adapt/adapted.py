@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lmjax.adapt import sites
 from lmjax.adapt.prefix import Prefix
+from lmjax.adapt.quantized import Quantized
 from lmjax.adapt.sites import Site
 from lmjax.core import Variables
 from lmjax.errors import UserError
@@ -84,7 +85,14 @@ class Adapted:
             raise UserError(f"two adapters are called {twice.pop()!r}: give one another `name`.")
         if isinstance(self.model, Adapted):
             raise UserError("the model is adapted already: give all adapters at once.")
-        object.__setattr__(self, "__wrapped__", self.model)  # whose protocols are honoured
+        if isinstance(self.model, Quantized) and any(
+            getattr(a, "dora", False) for a in self.adapters
+        ):
+            raise UserError(
+                "DoRA needs the norms of kernels, and the model's are quantised: set dora=False."
+            )
+        # Whose protocols are honoured.
+        object.__setattr__(self, "__wrapped__", getattr(self.model, "__wrapped__", self.model))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("model", "adapters"):
@@ -136,6 +144,8 @@ class Adapted:
     def merged(self, params: Mapping[str, Any], *example: Any) -> dict[str, Any]:
         """Parameters of the model alone that compute what these do, up to rounding of one product.
 
+        Of a quantised model they are those of the model that it wraps, in float32.
+
         Args:
           example: as of `sites`.
 
@@ -153,8 +163,11 @@ class Adapted:
           params: adapted ones, of which the adapters' are read.
           example: as of `sites`.
 
-        Raises UserError where an adapter cannot be undone (`Lora` with `dora`).
+        Raises UserError where an adapter cannot be undone (`Lora` with `dora`), and where the model
+        is quantised.
         """
+        if isinstance(self.model, Quantized):
+            raise UserError("quantised weights cannot be unmerged: keep the run of the adapters.")
         model = self._changed(merged, params, example, list(self.adapters)[::-1], "unmerged")
         own = split(params, self._names)[1]
         flat = flatten_dict(model, sep="/")
@@ -171,7 +184,10 @@ class Adapted:
         method: str,
     ) -> dict[str, Any]:
         """Kernels and biases of `params` with what a method of each adapter makes of them."""
-        flat = flatten_dict(split(params, self._names)[0], sep="/")
+        base = split(params, self._names)[0]
+        if isinstance(self.model, Quantized) and method == "merged":
+            base = self.model.plain(base, *example)
+        flat = flatten_dict(base, sep="/")
         own, tuned = split(of, self._names)[1], self.sites(*example)
         for adapter in adapters:
             if isinstance(adapter, Prefix):

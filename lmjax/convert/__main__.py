@@ -12,6 +12,11 @@ loads, or, where --to ends in .gguf, a file that llama.cpp loads (--dtype=float3
 weights of every product set to zero (another share: --sparsity=0.3; a pattern: --pattern=2:4), and
 says what that does to the loss on the text's last tenth. --method=magnitude needs no text.
 
+`quantize --workdir=DIR --to=WORKDIR --kind=int4 --text=PATH` writes a workdir whose products have
+weights of few bits (int8, int4, nf4 or fp8; --block=64 of them share a scale; --targets=qkv,mlp/up
+for some products), and says what that does to bytes, loss and accuracy. `dequantize --workdir=DIR
+--to=WORKDIR` makes it plain again.
+
 Exit codes: 0; 2 for a bad folder, file or flag.
 """
 
@@ -41,7 +46,12 @@ DTYPE = flags.DEFINE_string(
 METHOD = flags.DEFINE_string("method", "wanda", "prune: wanda or magnitude")
 PATTERN = flags.DEFINE_string("pattern", "", "prune: of how many weights how many stay, as 2:4")
 SPARSITY = flags.DEFINE_float("sparsity", 0.5, "prune: the share of zeros, where no pattern is")
-TEXT = flags.DEFINE_string("text", "", "prune: file, folder or glob of text that wanda reads")
+TEXT = flags.DEFINE_string(
+    "text", "", "prune, quantize: file, folder or glob of text; its last tenth is held out"
+)
+KIND = flags.DEFINE_string("kind", "", "quantize: int8, int4 (if not given), nf4 or fp8")
+BLOCK = flags.DEFINE_integer("block", 0, "quantize: weights that share a scale; 64 if not given")
+TARGETS = flags.DEFINE_list("targets", [], "quantize: products, as qkv,mlp/up; all if not given")
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "export: the most of one file", lower_bound=1e-9)
 
 
@@ -138,6 +148,40 @@ def _prune() -> str:
     return f"wrote {to}"
 
 
+def _quantize() -> str:
+    from lmjax.convert.quantized import quantize
+
+    to = _given(TO, "quantize")
+    found = quantize(
+        _given(WORKDIR, "quantize"),
+        to,
+        kind=KIND.value or "",
+        block=BLOCK.value or 0,
+        targets=TARGETS.value or (),
+        text=TEXT.value or "",
+        step=STEP.value,
+    )
+    print(
+        f"{found.share:.1%} of the weights take {found.bits:.3f} bits each; all take "
+        f"{found.bytes_before / 1e6:.3f} MB before, {found.bytes_after / 1e6:.3f} MB after"
+    )
+    if found.before and found.after:
+        print(
+            f"on the text's last tenth: loss {found.before.loss:.4f} before, "
+            f"{found.after.loss:.4f} after; next tokens right {found.before.accuracy:.2%} before, "
+            f"{found.after.accuracy:.2%} after"
+        )
+    return f"wrote {to}"
+
+
+def _dequantize() -> str:
+    from lmjax.convert.quantized import dequantize
+
+    to = _given(TO, "dequantize")
+    dequantize(_given(WORKDIR, "dequantize"), to, step=STEP.value)
+    return f"wrote {to}"
+
+
 COMMANDS = {
     "import": _import,
     "export": _export,
@@ -145,6 +189,8 @@ COMMANDS = {
     "export-adapter": _export_adapter,
     "merge": _merge,
     "prune": _prune,
+    "quantize": _quantize,
+    "dequantize": _dequantize,
 }
 
 if __name__ == "__main__":

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from lmjax.adapt.adalora import AdaLora
 from lmjax.adapt.adapted import Adapted, Adapter, adapted
 from lmjax.adapt.ia3 import Ia3
 from lmjax.adapt.lora import Lora
+from lmjax.adapt.quantized import Quantized
 from lmjax.config import build, call, from_dict, to_dict
 from lmjax.convert import peft
 from lmjax.convert.exports import described
-from lmjax.convert.imports import ORIGINAL
 from lmjax.convert.places import EXAMPLE, Place, places_of
 from lmjax.convert.settings import Settings
-from lmjax.engine.stored import Stored, find, variables, verify
-from lmjax.engine.streamed import write_checkpoint
+from lmjax.convert.workdirs import (
+    check_empty,
+    read,
+    read_all,
+    shape_of,
+    tree,
+    whole,
+    with_model,
+    write,
+    write_arrays,
+)
+from lmjax.engine.stored import Stored
 from lmjax.errors import UserError
 from lmjax.models.saved import recorded_model
 
@@ -42,8 +50,8 @@ def import_adapter(source: Path, base: Path, workdir: Path, *, step: int | None 
       UserError: as `peft.read_adapter`; where the base is not the one that the adapter was exported
         with, has adapters, or is damaged; where the workdir holds a run.
     """
-    _check_empty(workdir)
-    stored, held, lie = _whole(base, step)
+    check_empty(workdir)
+    stored, held, lie = whole(base, step)
     node = to_dict(recorded_model(base))
     model = build(from_dict(node))
     if isinstance(model, Adapted):
@@ -51,7 +59,7 @@ def import_adapter(source: Path, base: Path, workdir: Path, *, step: int | None 
     places = _places(model)
 
     def kernel(path: str) -> np.ndarray:
-        return _read(stored, lie, f"{path}/kernel")
+        return read(stored, lie, f"{path}/kernel")
 
     adapter, arrays = peft.read_adapter(source, places, kernel)
     tuned = adapted(model=model, adapters=(adapter,)).sites(EXAMPLE)[adapter.name]
@@ -74,9 +82,9 @@ def import_adapter(source: Path, base: Path, workdir: Path, *, step: int | None 
         else:
             yield from stored.blocks(lie[name])
 
-    shapes = {name: _shape(held["arrays"][path]) for name, path in lie.items()}
+    shapes = {name: shape_of(held["arrays"][path]) for name, path in lie.items()}
     shapes |= {f"params/{k}": jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in arrays.items()}
-    _write(base, workdir, held, to_dict(recorded), shapes, blocks)
+    write(base, workdir, held, with_model(held, to_dict(recorded)), shapes, blocks)
     return adapter
 
 
@@ -89,7 +97,7 @@ def export_adapter(workdir: Path, to: Path, *, step: int | None = None) -> str:
     """
     if (to / peft.CONFIG).exists():
         raise UserError(f"{to} holds an adapter already: give another --to.")
-    stored, _, lie = _whole(workdir, step)
+    stored, _, lie = whole(workdir, step)
     model = _adapted(workdir)
     places = _places(model.model)
     tuned = {path for sites in model.sites(EXAMPLE).values() for path in sites}
@@ -97,7 +105,7 @@ def export_adapter(workdir: Path, to: Path, *, step: int | None = None) -> str:
     names = {adapter.name for adapter in model.adapters}
     paths = [name.removeprefix("params/") for name in lie]
     params = {
-        path: _read(stored, lie, path)
+        path: read(stored, lie, path)
         for path in paths
         if path in wanted or path.split("/")[-2] in names
     }
@@ -110,25 +118,25 @@ def export_adapter(workdir: Path, to: Path, *, step: int | None = None) -> str:
 def merge(workdir: Path, to: Path, *, step: int | None = None) -> None:
     """Writes a workdir of a run's model without its adapters, whose kernels hold what they did.
 
+    Where the adapters tune a quantised model, what is written is the one that it wraps, in float32.
+
     Raises:
       UserError: where the run has no adapters, or one that is no linear function; where `to` holds
         a run.
     """
-    _check_empty(to)
-    stored, held, lie = _whole(workdir, step)
+    check_empty(to)
+    stored, held, lie = whole(workdir, step)
     model = _adapted(workdir)
-    read = {name.removeprefix("params/"): _read(stored, lie, name[7:]) for name in lie}
-    params = unflatten_dict({k: jnp.asarray(x) for k, x in read.items()}, sep="/")
-    merged = flatten_dict(model.merged(params, EXAMPLE), sep="/")
-    arrays = {path: np.asarray(x).astype(read[path].dtype) for path, x in merged.items()}
-    shapes = {f"params/{k}": jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in arrays.items()}
+    old = read_all(stored, lie)
+    merged = flatten_dict(model.merged(tree(old), EXAMPLE), sep="/")
+    arrays = {
+        path: np.asarray(x).astype(old[path].dtype if path in old else np.float32)
+        for path, x in merged.items()
+    }
     node = to_dict(recorded_model(workdir))["model"]
-
-    def blocks(name: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        x = arrays[name.removeprefix("params/")]
-        yield (0,) * x.ndim, np.ascontiguousarray(x)
-
-    _write(workdir, to, held, node, shapes, blocks)
+    if isinstance(model.model, Quantized):
+        node = node["model"]
+    write_arrays(workdir, to, held, with_model(held, node), arrays)
 
 
 def _recorded(adapter: Adapter) -> Any:
@@ -145,31 +153,13 @@ def _adapted(workdir: Path) -> Adapted:
 
 
 def _places(model: Any) -> dict[str, Place]:
+    if isinstance(model, Quantized):
+        raise UserError(
+            "folders of peft's are of plain weights, and the base is quantised: merge what was "
+            "tuned (python -m lmjax.convert merge), or import over the plain base."
+        )
     family, fields = described(model)
     return places_of(model, family.parts(Settings("the model", fields)))
-
-
-def _whole(workdir: Path, step: int | None) -> tuple[Stored, Mapping[str, Any], dict[str, str]]:
-    """A checkpoint that is what was saved, its manifest, and where its parameters lie."""
-    stored = find(workdir, step)[-1]
-    if problems := verify(stored):
-        raise UserError(f"the checkpoint {stored.folder} is damaged: {problems[0]}.")
-    held = stored.manifest()
-    lie = variables(held["arrays"])
-    return stored, held, {k: path for k, path in lie.items() if k.startswith("params/")}
-
-
-def _read(stored: Stored, lie: Mapping[str, str], path: str) -> np.ndarray:
-    return np.asarray(stored.array(lie[f"params/{path}"]).read().result())
-
-
-def _shape(entry: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"]))
-
-
-def _check_empty(workdir: Path) -> None:
-    if (workdir / "config.json").exists() or (workdir / "checkpoints").exists():
-        raise UserError(f"{workdir} holds a run already: give another folder.")
 
 
 def _check_shapes(
@@ -195,27 +185,3 @@ def _check_shapes(
 
 def _box(_: Any, x: Any) -> bool:
     return not isinstance(x, dict)
-
-
-def _write(
-    source: Path,
-    workdir: Path,
-    held: Mapping[str, Any],
-    model: Any,
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-    blocks: Any,
-) -> None:
-    """A workdir of step 0 that differs from another one in its model."""
-    task = {**held["config"]["task"], "model": model}
-    about = {
-        "config": {"task": task},
-        "tokenizer": held["tokenizer"],
-        "fingerprint": "",
-        "data": {"next_batch": 0, "left_out": []},
-        "source": {"workdir": source.absolute().name, "step": held["step"]},
-    }
-    write_checkpoint(workdir / "checkpoints", 0, shapes, blocks, about)
-    if (source / ORIGINAL).is_dir():
-        shutil.copytree(source / ORIGINAL, workdir / ORIGINAL)
-    (workdir / "tokenizer.json").write_text(held["tokenizer"], "utf-8")
-    (workdir / "config.json").write_text(json.dumps(about["config"], indent=1) + "\n", "utf-8")

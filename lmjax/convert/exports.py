@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lmjax.adapt.adapted import Adapted
+from lmjax.adapt.quantized import Quantized
 from lmjax.config import build, from_dict
 from lmjax.convert import gguf_llama, shards
 from lmjax.convert.family import Family, Fields, numbers
@@ -144,6 +145,10 @@ def built(workdir: Path, held: Mapping[str, Any]) -> Model:
         raise UserError(
             f"{workdir} has adapters: merge them first (python -m lmjax.convert merge), or write "
             "them alone (export-adapter)."
+        )
+    if isinstance(model, Quantized):
+        raise UserError(
+            f"{workdir} is quantised: make it plain first (python -m lmjax.convert dequantize)."
         )
     if not isinstance(model, Model):
         raise UserError(

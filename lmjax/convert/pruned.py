@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,20 +17,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lmjax import sharding
 from lmjax.adapt.adapted import Adapted, Run, adapted
+from lmjax.adapt.quantized import Quantized
 from lmjax.adapt.sites import Site
 from lmjax.config import build, to_dict
-from lmjax.convert.adapters import _check_empty, _read, _whole, _write
+from lmjax.convert.held_out import BATCH, measure, windows_of
 from lmjax.convert.places import EXAMPLE
-from lmjax.data.source import read_documents
+from lmjax.convert.workdirs import check_empty, read_all, tree, whole, with_model, write_arrays
 from lmjax.data.tokenizer import tokenizer_from_json
 from lmjax.errors import UserError, did_you_mean
 from lmjax.layers.linear import Linear
 from lmjax.models.saved import recorded_model
-from lmjax.optim.pruning import axes_of, keep_pattern, pattern_of
-from lmjax.tasks.causal_lm import CausalLM
+from lmjax.optim.pruning import keep_pattern, pattern_of
 
 Method = Literal["magnitude", "wanda"]
-_ROWS = 8  # of a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,32 +87,33 @@ def prune(
         raise UserError(f"sparsity is {sparsity}: must be above 0 and below 1.")
     if method == "wanda" and not text:
         raise UserError("wanda reads text, and none is named: give one, or method='magnitude'.")
-    _check_empty(to)
-    stored, held, lie = _whole(workdir, step)
+    check_empty(to)
+    stored, held, lie = whole(workdir, step)
     node = recorded_model(workdir)
     model = build(node)
-    if isinstance(model, Adapted) or not hasattr(model, "init_cache"):
-        raise UserError(f"{workdir} is no plain decoder: merge its adapters first.")
-    flat = {name.removeprefix("params/"): _read(stored, lie, name[7:]) for name in lie}
-    params = unflatten_dict({k: jnp.asarray(x) for k, x in flat.items()}, sep="/")
+    if isinstance(model, Adapted | Quantized) or not hasattr(model, "init_cache"):
+        raise UserError(
+            f"{workdir} is no plain decoder: merge its adapters first, or dequantise it."
+        )
+    flat = read_all(stored, lie)
+    params = tree(flat)
     probed = adapted(model=model, adapters=(_Probe(),))
     sites = probed.sites(EXAMPLE)[_Probe.name]
     windows = held_out = None
     if text:
         tokenizer = tokenizer_from_json(held["tokenizer"])
         length = min(length, model.max_length - 1)
-        windows, held_out = _windows(text, tokenizer, length)
+        windows, held_out = windows_of(text, tokenizer, length)
         windows, held_out = windows[:num_windows], held_out[:num_windows]
     squares: dict[str, Any] = {}
     if method == "wanda":
         assert windows is not None
         squares = _squares(probed, params, windows)
-    names = _axes(model)
     zeros = {}
     for path, site in sites.items():
         kernel = f"{path}/kernel"
-        stacked, _ = axes_of(names[kernel])
-        inputs = tuple(range(len(stacked), len(stacked) + site.in_dims))
+        lead = flat[kernel].ndim - len(site.axes)  # layers are stacked in front
+        inputs = tuple(range(lead, lead + site.in_dims))
         score = jnp.abs(jnp.asarray(flat[kernel], jnp.float32))
         if squares:
             norm = jnp.sqrt(squares[path])
@@ -121,15 +121,10 @@ def prune(
         kept = np.asarray(_kept(score, inputs, n_of_m, sparsity, kernel))
         flat[kernel] = np.where(kept, flat[kernel], np.zeros((), flat[kernel].dtype))
         zeros[kernel] = float(np.mean(flat[kernel] == 0))
-    after = unflatten_dict({k: jnp.asarray(x) for k, x in flat.items()}, sep="/")
-
-    def blocks(name: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        x = flat[name.removeprefix("params/")]
-        yield (0,) * x.ndim, np.ascontiguousarray(x)
-
-    shapes = {f"params/{k}": jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in flat.items()}
-    losses = [float("nan")] * 2 if held_out is None else _losses(model, (params, after), held_out)
-    _write(workdir, to, held, to_dict(node), shapes, blocks)
+    losses = [float("nan")] * 2
+    if held_out is not None:
+        losses = [measure(model, p, held_out).loss for p in (params, tree(flat))]
+    write_arrays(workdir, to, held, with_model(held, to_dict(node)), flat)
     return Pruning(sparsity=zeros, before=losses[0], after=losses[1])
 
 
@@ -201,8 +196,8 @@ def _squares(model: Adapted, params: Mapping[str, Any], windows: np.ndarray) -> 
 
     gradient = jax.jit(jax.grad(total))
     found = jax.tree.map(jnp.zeros_like, own)
-    for at in range(0, len(windows), _ROWS):
-        more = gradient(own, windows[at : at + _ROWS, :-1])
+    for at in range(0, len(windows), BATCH):
+        more = gradient(own, windows[at : at + BATCH, :-1])
         found = jax.tree.map(jnp.add, found, more)
     return {k.removesuffix(f"/{_Probe.name}/squares"): x for k, x in found.items()}
 
@@ -220,42 +215,3 @@ def _kept(
     if size % pattern[1]:
         raise UserError(f"{path} has {size} inputs, which {pattern[1]} does not divide.")
     return keep_pattern(score, pattern, axes=inputs)
-
-
-def _windows(text: str, tokenizer: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(windows to read inputs from, windows of the last tenth), each [rows, length + 1]."""
-    texts = [document.text for document in read_documents(text)]
-    ids = np.concatenate([np.asarray(tokenizer.encode(t), np.int32) for t in texts])
-    cut = len(ids) - len(ids) // 10
-    parts = [x[: len(x) // (length + 1) * (length + 1)] for x in (ids[:cut], ids[cut:])]
-    if min(map(len, parts)) == 0:
-        raise UserError(
-            f"{text} has {len(ids)} tokens: a tenth of them must be more than the length {length}."
-        )
-    first, last = (x.reshape(-1, length + 1) for x in parts)
-    return first, last
-
-
-def _losses(model: Any, params: tuple[Any, Any], windows: np.ndarray) -> list[float]:
-    """Mean nats a token of both parameters."""
-    task = CausalLM(model=model)
-
-    @jax.jit
-    def total(params: Any, rows: jax.Array) -> jax.Array:
-        batch = {
-            "tokens": rows[:, :-1],
-            "targets": rows[:, 1:],
-            "weights": jnp.ones(rows[:, 1:].shape),
-        }
-        return task.loss({"params": params}, batch, jax.random.key(0), train=False).loss.total
-
-    count = windows[:, 1:].size
-    parts = [windows[at : at + _ROWS] for at in range(0, len(windows), _ROWS)]
-    return [sum(float(total(p, rows)) for rows in parts) / count for p in params]
-
-
-def _axes(model: Any) -> dict[str, tuple[str | None, ...]]:
-    """The names of every parameter's axes."""
-    made = jax.eval_shape(lambda: model.init(jax.random.key(0), EXAMPLE)["params"])
-    boxed = flatten_dict(made, sep="/", is_leaf=lambda _, x: not isinstance(x, dict))
-    return {path: x.axes for path, x in boxed.items()}

@@ -25,7 +25,8 @@ class Precision:
     """How parameters are kept between steps, and what products with them are made of.
 
     The optimizer sees float32 parameters and gradients in every case. In bfloat16 are matrices, and
-    all frozen ones; vectors (scales, biases) stay float32, as they weigh nothing.
+    all frozen ones; vectors (scales, biases) stay float32, as they weigh nothing, and what a model
+    does not have in float32 stays as it is.
 
     Args:
       params: 'float32'; 'bfloat16_master', where the model has the nearest bfloat16 and the
@@ -74,7 +75,9 @@ def widen(precision: Precision, params: Any, frozen: Any, opt_state: Any) -> tup
     """
     if precision.params == "bfloat16_master":
         params, opt_state = _join(params, opt_state.lower_bits), opt_state.optimizer
-    wide = jax.tree.map(lambda p: p.astype(jnp.float32), (params, frozen))
+    wide = jax.tree.map(
+        lambda p: p.astype(jnp.float32) if p.dtype == jnp.bfloat16 else p, (params, frozen)
+    )
     return *wide, opt_state
 
 
@@ -105,7 +108,9 @@ def update(
 
 
 def _is_matrix(param: Any) -> bool:
-    """Whether it has two axes beside the one that stacks layers."""
+    """Whether it is of float32, and has two axes beside the one that stacks layers."""
+    if (param.value if isinstance(param, Boxed) else param).dtype != jnp.float32:
+        return False  # quantised
     if isinstance(param, Boxed):
         return sum(axis != "layers" for axis in param.axes) > 1
     return param.ndim > 1

@@ -69,6 +69,7 @@ def create_state(
             variables[CARRY],
         )
     params, frozen = split(variables.pop("params"), trainable)
+    _check_trains(params, trainable)
     params, frozen, opt_state = keep(precision, optimizer, params, frozen)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -94,6 +95,18 @@ def split(params: Mapping[str, Any], trainable: str) -> tuple[dict[str, Any], di
         raise UserError(f"trainable={trainable!r} matches no parameter. There are: {some}, ...")
     rest = {k: v for k, v in flat.items() if k not in chosen}
     return unflatten_dict(chosen, sep="/"), unflatten_dict(rest, sep="/")
+
+
+def _check_trains(params: Mapping[str, Any], trainable: str) -> None:
+    """Raises UserError where what is to train has no gradient."""
+    for path, x in paths_of(params).items():
+        dtype = (x.value if isinstance(x, Boxed) else x).dtype
+        if dtype not in (jnp.float32, jnp.bfloat16):
+            raise UserError(
+                f"trainable={trainable!r} chooses {path}, which is {dtype.name}: quantised weights "
+                "have no gradient. Name what is to train beside them, as trainable='/lora/', or "
+                "train the weights in float32 (quantized(aware=True))."
+            )
 
 
 def merge(params: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from lmjax.adapt.adapted import Adapted
+from lmjax.adapt.quantized import Quantized
 from lmjax.core import Decoder, EncoderDecoder, Variables
 
 # Below this many rows a CPU multiplies in float32 (ops.matmul), and wants float32 weights for it.
@@ -60,14 +61,17 @@ def together(variables: Any) -> Variables:
 
 def unrolled(model: Decoder | EncoderDecoder) -> Decoder | EncoderDecoder:
     """The same model without loops over layers, if it has any."""
-    if isinstance(model, Adapted):
+    if isinstance(model, Adapted | Quantized):
         return dataclasses.replace(model, model=unrolled(model.model))
     return _with_field(model, "unroll", _ALL) if isinstance(model, nn.Module) else model
 
 
 def product_dtype(model: Decoder | EncoderDecoder) -> str:
     """The dtype of the model's products, "float32" where its modules are not of one mind."""
-    dtypes = set(_fields(model.model if isinstance(model, Adapted) else model, "dtype"))
+    inner: Any = model
+    while isinstance(inner, Adapted | Quantized):
+        inner = inner.model
+    dtypes = set(_fields(inner, "dtype"))
     return str(dtypes.pop()) if len(dtypes) == 1 else "float32"
 
 

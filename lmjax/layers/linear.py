@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from lmjax import sharding
 from lmjax.layers.remat import named
+from lmjax.ops.blockwise import Blocks
 from lmjax.ops.matmul import matmul, travelling_dtype
 from lmjax.ops.quantize import parts_of, products_at
 from lmjax.ops.spread import spread
@@ -27,7 +28,7 @@ class Part(NamedTuple):
 
 def product(
     x: jax.Array,
-    kernel: jax.Array,
+    kernel: jax.Array | Blocks,
     axes: tuple[str | None, ...],
     *,
     in_dims: int = 1,
@@ -81,13 +82,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Shapes: [..., *in] -> [..., *features]."""
-        shape = (*x.shape[-self.in_dims :], *self.features)
-        normal = nn.initializers.normal(self.init_std)
-        init = normal if self.kernel_init is None else self.kernel_init
-        kernel = sharding.param(self, "kernel", init, shape, self.axes)
         y = product(
             x,
-            kernel,
+            self.declare_kernel(x.shape[-self.in_dims :]),
             self.axes,
             in_dims=self.in_dims,
             dtype=self.dtype,
@@ -98,3 +95,14 @@ class Linear(nn.Module):
             bias = sharding.param(self, "bias", nn.initializers.zeros, self.features, axes)
             y += bias.astype(y.dtype)[(None,) * (y.ndim - bias.ndim)]
         return named(y, self.name) if self.name else y
+
+    def declare_kernel(self, in_shape: tuple[int, ...]) -> jax.Array | Blocks:
+        """The parameter that x is multiplied by; `adapt.quantized` puts another in its place."""
+        init, shape = self.drawn(), (*in_shape, *self.features)
+        kernel: jax.Array = sharding.param(self, "kernel", init, shape, self.axes)
+        return kernel
+
+    def drawn(self) -> nn.initializers.Initializer:
+        """What the kernel is initialised with."""
+        normal = nn.initializers.normal(self.init_std)
+        return normal if self.kernel_init is None else self.kernel_init

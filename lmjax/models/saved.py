@@ -46,7 +46,8 @@ def saved(
 ) -> ConfigDict:
     """Stands for the model of a run, or of imported weights, in a config that goes on from it.
 
-    The config that the new run keeps holds that model itself: it needs the folder no more.
+    The config that the new run keeps holds that model itself: it needs the folder no more. Of a
+    model with adapters or quantised weights the changes are those of the model within.
 
     Args:
       workdir: of the run, or as `python -m lmjax.convert import` wrote it.
@@ -69,7 +70,10 @@ def saved(
         "unroll": unroll,
         "vocab_multiple": vocab_multiple,
     }
+    inner = model
+    while isinstance(inner.get("model"), ConfigDict):  # adapters, or quantised weights, around it
+        inner = inner.model
     for name, value in changes.items():
         if value:
-            override(model, name, value)
+            override(inner, name, value)
     return model

@@ -12,7 +12,9 @@ reduce-scatter, so that every gradient arrives summed and split.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lmjax import sharding
+from lmjax.ops.blockwise import Blocks, dequantise, multiply
 
 # By this name remat policies know what is gathered again rather than kept for the backward pass.
 GATHERED = "gathered"
@@ -61,7 +64,7 @@ def gathered(x: jax.Array) -> jax.Array:
 def spread(
     product: Product,
     x: jax.Array,
-    w: jax.Array,
+    w: jax.Array | Blocks,
     axes: Names,
     *,
     in_dims: int,
@@ -70,7 +73,8 @@ def spread(
     """`product(x, w)`, the contraction of the last `in_dims` axes of x with the first of w.
 
     x is [B, T, ..., *in] or [B, *in]; its rows are split over the batch's axes, its tokens and
-    features as the names of the kernel's axes say. Without a mesh, `product` itself.
+    features as the names of the kernel's axes say. Without a mesh, `product` itself. Of weights in
+    few bits these travel, and each device makes of them what it multiplies by.
 
     Args:
       product: of one device's parts.
@@ -78,7 +82,7 @@ def spread(
       dtype: in which weights travel, where it is not their own.
     """
     if not sharding.split():
-        return product(x, w)
+        return multiply(product, x, w) if isinstance(w, Blocks) else product(x, w)
     ins, outs = axes[:in_dims], axes[in_dims:]
     lead = x.ndim - in_dims
     has_length = lead > 1
@@ -88,12 +92,27 @@ def spread(
     fsdp = sharding.split_axes("embed") and "embed" in axes
     scattered = bool(summed) and across_T == summed
 
-    def local(x: jax.Array, w: jax.Array) -> jax.Array:
+    def completed(w: jax.Array, names: Names, dtype: jnp.dtype | None = None) -> jax.Array:
+        split = fsdp and "embed" in names
+        return complete(w, "embed", names.index("embed"), dtype=dtype) if split else w
+
+    def multiplied(x: jax.Array, w: jax.Array | Blocks) -> jax.Array:
+        if not isinstance(w, Blocks):
+            return product(x, completed(w, axes, dtype))
+        return multiply(product, x, w, whole)
+
+    def whole(w: Blocks) -> jax.Array:
+        data, scale = completed(w.data, axes), completed(w.scale, scale_axes(axes, w.axis))
+        name, first = axes[w.axis], None
+        if name and name != "embed" and (ways := tuple(sharding.split_axes(name))):
+            size = x.shape[x.ndim - in_dims + w.axis] // math.prod(map(sharding.axis_size, ways))
+            first = lax.axis_index(ways) * size
+        return dequantise(replace(w, data=data, scale=scale), first=first)
+
+    def local(x: jax.Array, w: jax.Array | Blocks) -> jax.Array:
         if across_T and spread_out and not summed:
             x = gathered(lax.all_gather(x, tuple(across_T), axis=1, tiled=True))
-        if fsdp:
-            w = complete(w, "embed", axes.index("embed"), dtype=dtype)
-        y = product(x, w)
+        y = multiplied(x, w)
         if scattered:
             return lax.psum_scatter(y, tuple(summed), scatter_dimension=1, tiled=True)
         return lax.psum(y, tuple(summed)) if summed else y
@@ -108,4 +127,19 @@ def spread(
 
     x_axes = (*tokens(not summed), *features(ins))
     y_axes = (*tokens(scattered or not (summed or spread_out)), *features(outs))
-    return sharding.per_device(local, (x_axes, axes), y_axes)(x, w)
+    if not isinstance(w, Blocks):
+        return sharding.per_device(local, (x_axes, axes), y_axes)(x, w)
+
+    def of_blocks(x: jax.Array, data: jax.Array, scale: jax.Array) -> jax.Array:
+        return local(x, replace(w, data=data, scale=scale))
+
+    given = (x_axes, axes, scale_axes(axes, w.axis))
+    return sharding.per_device(of_blocks, given, y_axes)(x, w.data, w.scale)
+
+
+def scale_axes(axes: Names, axis: int) -> Names:
+    """Names of the axes of a kernel's scales: every device has those of all blocks.
+
+    So blocks need not divide into as many parts as the weights do.
+    """
+    return tuple(None if i == axis else name for i, name in enumerate(axes))
