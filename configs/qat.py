@@ -15,8 +15,8 @@ Result:   from configs/llama.py:smoke with 600 steps, a peak of 3e-3 (2 layers o
           | weights | float32 | int4 |
           |---|---|---|
           | at the start | 2.4844, 33.2 % | 2.4936, 33.2 % |
-          | after these 200 steps without rounding (int8's) | 2.4508, 33.9 % | 2.4557, 33.8 % |
-          | after these 200 steps for int4 | | 2.4510, 33.7 % |
+          | after 200 steps for int8, written as int4 | 2.4508, 33.9 % | 2.4557, 33.8 % |
+          | after these 200 steps, for int4 | | 2.4510, 33.7 % |
 """
 
 from ml_collections import FieldReference
