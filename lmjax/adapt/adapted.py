@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,10 +12,10 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lmjax.adapt import sites
+from lmjax.adapt.intercepted import Intercepted
 from lmjax.adapt.prefix import Prefix
 from lmjax.adapt.quantized import Quantized
 from lmjax.adapt.sites import Site
-from lmjax.core import Variables
 from lmjax.errors import UserError
 from lmjax.layers.attention import Attention
 from lmjax.layers.linear import Linear
@@ -66,12 +65,11 @@ class Adapter(Protocol):
 
 
 @dataclass(frozen=True)
-class Adapted:
+class Adapted(Intercepted["_Seen"]):
     """A model whose products are tuned by adapters; it is to a task whatever the model is.
 
-    What is not defined here is the model's own: `init_cache`, `vocab_size`, `flop_per_token`, ...
-    FLOP are those of the model alone (adapters of rank r add 2 r (in + out) to a product of
-    2 in out).
+    It is initialised as without adapters. FLOP are those of the model alone (adapters of rank r add
+    2 r (in + out) to a product of 2 in out).
     """
 
     model: Any
@@ -91,33 +89,11 @@ class Adapted:
             raise UserError(
                 "DoRA needs the norms of kernels, and the model's are quantised: set dora=False."
             )
-        # Whose protocols are honoured.
-        object.__setattr__(self, "__wrapped__", getattr(self.model, "__wrapped__", self.model))
+        super().__post_init__()
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("model", "adapters"):
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own method, with adapters; of a model that is bound to variables."""
-        with self._tuned():
-            return self.model(*args, **kwargs)
-
-    def init(self, rng: Any, *args: Any, **kwargs: Any) -> Variables:
-        """The model's variables, equal to those without adapters, and the adapters'.
-
-        Raises UserError where a target is no product of the model, or cannot be tuned.
-        """
-        with self._tuned() as seen:
-            variables: Variables = self.model.init(rng, *args, **kwargs)
-        seen.check()
-        return variables
-
-    def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
-        """Linen's own, with adapters."""
-        with self._tuned():
-            return self.model.apply(variables, *args, **kwargs)
+    def interceptor(self) -> _Seen:
+        """Puts the adapters around the products."""
+        return _Seen(self.adapters)
 
     def count_params(self, params: Any) -> Mapping[str, int]:
         """Those of the model by part, and those of each adapter by its name."""
@@ -136,10 +112,7 @@ class Adapted:
 
         Raises UserError as `init`.
         """
-        with self._tuned() as seen:
-            jax.eval_shape(self.model.init, jax.eval_shape(lambda: jax.random.key(0)), *example)
-        seen.check()
-        return seen.tuned
+        return self.seen(*example).tuned
 
     def merged(self, params: Mapping[str, Any], *example: Any) -> dict[str, Any]:
         """Parameters of the model alone that compute what these do, up to rounding of one product.
@@ -208,12 +181,6 @@ class Adapted:
     @property
     def _names(self) -> set[str]:
         return {adapter.name for adapter in self.adapters}
-
-    @contextlib.contextmanager
-    def _tuned(self) -> Iterator[_Seen]:
-        seen = _Seen(self.adapters)
-        with nn.intercept_methods(seen):
-            yield seen
 
 
 @dataclass

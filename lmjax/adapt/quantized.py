@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lmjax import sharding
 from lmjax.adapt import sites
+from lmjax.adapt.intercepted import Intercepted
 from lmjax.adapt.sites import Site
-from lmjax.core import Variables
 from lmjax.errors import UserError
 from lmjax.layers.linear import Linear
 from lmjax.ops import blockwise
@@ -27,13 +26,12 @@ _SCALE = "kernel_scale"
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Quantized(Intercepted["_Seen"]):
     """A model over weights of few bits; it is to a task whatever the model is.
 
-    What is not defined here is the model's own. In the place of a product's `kernel` are
-    `kernel_int4` (the kind) and `kernel_scale`, arrays with the names of the kernel's axes, stacked
-    and split as it is. They are made whole where they are multiplied by, in the forward and again
-    in the backward pass, and have no gradient.
+    In the place of a product's `kernel` are `kernel_int4` (the kind) and `kernel_scale`, arrays
+    with the names of the kernel's axes, stacked and split as it is. They are made whole where they
+    are multiplied by, in the forward and again in the backward pass, and have no gradient.
 
     With `aware` the parameters are the model's own, and products see them rounded, with the
     gradient of the identity: what is trained so loses nothing when it is quantised.
@@ -55,32 +53,11 @@ class Quantized:
             raise UserError(
                 "the model has adapters: quantise what they tune, adapted(model=quantized(...))."
             )
-        object.__setattr__(self, "__wrapped__", self.model)  # whose protocols are honoured
+        super().__post_init__()
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "model":
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own method; of a model that is bound to variables."""
-        with self._intercepted():
-            return self.model(*args, **kwargs)
-
-    def init(self, rng: Any, *args: Any, **kwargs: Any) -> Variables:
-        """The model's variables at its own initial weights, quantised.
-
-        Raises UserError where a target is no product of the model, or cannot be quantised.
-        """
-        with self._intercepted() as seen:
-            variables: Variables = self.model.init(rng, *args, **kwargs)
-        seen.check()
-        return variables
-
-    def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
-        """Linen's own."""
-        with self._intercepted():
-            return self.model.apply(variables, *args, **kwargs)
+    def interceptor(self) -> _Seen:
+        """Puts quantised arrays in the place of kernels."""
+        return _Seen(self)
 
     def count_params(self, params: Any) -> Mapping[str, int]:
         """Those of the model by part, as it has them in float32."""
@@ -106,10 +83,7 @@ class Quantized:
 
         Raises UserError as `init`.
         """
-        with self._intercepted() as seen:
-            jax.eval_shape(self.model.init, jax.eval_shape(lambda: jax.random.key(0)), *example)
-        seen.check()
-        return seen.found
+        return self.seen(*example).found
 
     def quantised(self, params: Mapping[str, Any], *example: Any) -> dict[str, Any]:
         """Parameters of this model, from those of the model that it wraps.
@@ -147,12 +121,6 @@ class Quantized:
     @property
     def _data(self) -> str:
         return f"kernel_{self.kind}"
-
-    @contextlib.contextmanager
-    def _intercepted(self) -> Iterator[_Seen]:
-        seen = _Seen(self)
-        with nn.intercept_methods(seen):
-            yield seen
 
 
 @dataclass
