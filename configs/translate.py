@@ -34,6 +34,7 @@ VARIANTS = {
         "task.model.num_layers": 1,
         "task.model.dim": 32,
         "task.model.hidden": 64,
+        "task.model.dropout": 0.0,
         "optimizer.learning_rate.warmup_steps": 4,
         "optimizer.learning_rate.scale": 0.1,
         "evals.valid.batch_size": 16,
