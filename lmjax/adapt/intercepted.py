@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Iterator
 from typing import Any, Generic, Protocol, TypeVar
@@ -29,7 +30,7 @@ class Interceptor(Protocol):
 Seen = TypeVar("Seen", bound=Interceptor)
 
 
-class Intercepted(Generic[Seen]):
+class Intercepted(abc.ABC, Generic[Seen]):
     """A model that is called under an interceptor; it is to a task whatever the model is.
 
     A frozen dataclass inherits it, with the model as its first field. What is not defined there is
@@ -43,9 +44,9 @@ class Intercepted(Generic[Seen]):
         innermost = getattr(self.model, "__wrapped__", self.model)
         object.__setattr__(self, "__wrapped__", innermost)
 
+    @abc.abstractmethod
     def interceptor(self) -> Seen:
         """A new one for each call."""
-        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in type(self).__annotations__ or name == "model":

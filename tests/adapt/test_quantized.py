@@ -239,11 +239,12 @@ def test_training_refuses_what_has_no_gradient_and_counts_bytes():
     kernels = sum(x.size for p, x in flat(drawn(small_llama())).items() if p.endswith("kernel"))
     saved = whole.memory["state and batch"] - few.memory["state and batch"]
     scales = sum(x.size for p, x in flat_shapes(few).items() if p.endswith("kernel_scale"))
-    assert saved == pytest.approx(kernels * 3.5 - 2 * scales, rel=0.01)
+    assert saved == kernels * 3.5 - 2 * scales
     for path, x in flat_shapes(low).items():
         assert "kernel_" not in path or x.dtype in (jnp.uint8, jnp.float16)
+    # Other matrices are bfloat16 there: what is small against the loss is rounded to 8 bits.
     losses = trained(low, low.init())[0]
-    np.testing.assert_allclose(losses, trained(few, few.init())[0], rtol=2e-2)
+    np.testing.assert_allclose(losses, trained(few, few.init())[0], rtol=1e-4)
 
 
 def flat_shapes(program):

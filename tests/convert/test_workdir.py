@@ -97,13 +97,13 @@ def ids(text):
 class Words:
     """No text: what a run asks of its data before the first step."""
 
-    example = {  # noqa: RUF012
+    example = {  # noqa: RUF012, nothing changes it
         "tokens": jax.ShapeDtypeStruct((16,), np.int32),
         "targets": jax.ShapeDtypeStruct((16,), np.int32),
         "weights": jax.ShapeDtypeStruct((16,), np.float32),
     }
     vocab_size = folders.VOCAB
-    fitted = {"tokenizer": ""}  # noqa: RUF012
+    fitted = {"tokenizer": ""}  # noqa: RUF012, nothing changes it
 
 
 @pytest.fixture(scope="module")

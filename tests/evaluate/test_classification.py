@@ -58,7 +58,7 @@ class Rows:
 
     arrays: dict
     classes: tuple = ()
-    fitted = {}  # noqa: RUF012
+    fitted = {}  # noqa: RUF012, nothing changes it
 
     @property
     def example(self):

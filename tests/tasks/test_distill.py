@@ -197,7 +197,7 @@ class _Other:
     """A data set whose tokenizer is another one."""
 
     data: object
-    fitted = {"tokenizer": "{}"}  # noqa: RUF012
+    fitted = {"tokenizer": "{}"}  # noqa: RUF012, nothing changes it
 
     def __getattr__(self, name):
         return getattr(self.data, name)

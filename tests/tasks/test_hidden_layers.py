@@ -157,7 +157,7 @@ def test_layers_count_through_stacks_of_unlike_blocks_and_adapters(batch):
 class Words:
     """What a task asks of its data."""
 
-    example = {  # noqa: RUF012
+    example = {  # noqa: RUF012, nothing changes it
         "tokens": jax.ShapeDtypeStruct((12,), np.int32),
         "targets": jax.ShapeDtypeStruct((12,), np.int32),
         "weights": jax.ShapeDtypeStruct((12,), np.float32),
